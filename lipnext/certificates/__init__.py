@@ -1,0 +1,1 @@
+"""Certificates: from proved bounds and computed margins to radii that hold."""

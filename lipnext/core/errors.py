@@ -38,7 +38,7 @@ class UnsoundError(LipnextError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `known` as a sentence ending, led by the closest match to a mistyped `name` where there is one."""
+    """Return `known` as a sentence ending, led by the closest match to a mistyped `name` if there is one."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""

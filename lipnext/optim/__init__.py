@@ -1,0 +1,1 @@
+"""Optimisers on the orthogonal group, the Euclidean rest, schedules and averages."""

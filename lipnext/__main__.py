@@ -1,0 +1,6 @@
+"""`python -m lipnext`."""
+
+from lipnext.cli import main
+
+if __name__ == "__main__":
+    main()

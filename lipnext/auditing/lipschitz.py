@@ -1,0 +1,116 @@
+"""The Lipschitz constant from below: pairs of points that the map drives apart as far as can be found."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lipnext.core.bound import Estimate, norm_label
+from lipnext.core.errors import ConfigError, DataError
+from lipnext.core.seed import generator
+
+NEAR = (1e-3, 1e-1, 1.0)
+"""Lengths of the near pairs, in pixel units."""
+
+
+def estimate_lipschitz(
+    features: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    steps: int = 60,
+    seed: int = 0,
+    norm: float = 2.0,
+    progress: Callable[[int], None] | None = None,
+) -> Estimate:
+    """Search for the pair with the largest `||f(x) - f(x')|| / ||x - x'||`.
+
+    The starts are each image with a random neighbour at every length of `NEAR` and, where there are two
+    images, with another image. One end of a pair then moves on the sphere around the other along the gradient
+    of `||f(x) - f(x')||`, with a step for each pair that grows while it helps; the ends take turns. For a
+    linear map a large step is power iteration.
+
+    Args:
+        features: the map, (n, ...) to (n, ...), each sample on its own, differentiable, in float64.
+        images: float64 (n, ...), n >= 1.
+        steps: moves of each pair.
+        seed: of the random neighbours.
+        norm: 2.0 or inf, on both sides.
+        progress: called with 1 after each step.
+
+    Returns:
+        The largest ratio seen: a lower bound of the constant up to rounding, and no certificate.
+
+    Raises:
+        DataError: where there is no image or it is not float64 (differences of near pairs would be noise).
+        ConfigError: where steps is below 1.
+        UnsoundError: for another norm.
+    """
+    norm_label(norm)
+    if images.dtype != torch.float64 or images.dim() < 2 or len(images) == 0:
+        raise DataError(
+            f"the estimate needs at least one float64 image (n, ...), got {images.dtype} of {tuple(images.shape)}"
+        )
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
+    fixed, moving = _pairs(images, seed, norm)
+    step = torch.ones(len(fixed), dtype=torch.float64, device=images.device)
+    ratio, pull = _ratio(features, fixed, moving, norm)
+    best = ratio
+    for turn in range(steps):
+        candidate = _move(fixed, moving, pull, step, norm)
+        new_ratio, new_pull = _ratio(features, fixed, candidate, norm)
+        better = new_ratio >= ratio
+        step = torch.where(better, step * 4, step / 2).clamp(1e-6, 1e6)
+        column = better.reshape(-1, *[1] * (images.dim() - 1))
+        moving, pull = torch.where(column, candidate, moving), torch.where(column, new_pull, pull)
+        ratio = torch.where(better, new_ratio, ratio)
+        best = torch.maximum(best, ratio)
+        if turn % 4 == 3:
+            fixed, moving = moving, fixed
+            ratio, pull = _ratio(features, fixed, moving, norm)
+        if progress is not None:
+            progress(1)
+    return Estimate(value=best.max().item(), method=f"pair ascent, {len(fixed)} pairs, {steps} steps")
+
+
+def _pairs(images: Tensor, seed: int, norm: float) -> tuple[Tensor, Tensor]:
+    noise = generator("estimate_lipschitz", seed)
+    neighbours = []
+    for length in NEAR:
+        random = torch.randn(images.shape, generator=noise, dtype=images.dtype).to(images.device)
+        neighbours.append(images + length * random / _length(random, norm))
+    others = images.roll(1, dims=0)
+    distinct = _length(others - images, norm).flatten() > 0
+    first = torch.cat([images] * len(NEAR) + [images[distinct]])
+    return first, torch.cat([*neighbours, others[distinct]])
+
+
+def _ratio(
+    features: Callable[[Tensor], Tensor], fixed: Tensor, moving: Tensor, norm: float
+) -> tuple[Tensor, Tensor]:
+    """Return `||f(x) - f(x')|| / ||x - x'||`, (n,), and the gradient of the numerator in `moving`."""
+    moving = moving.detach().requires_grad_(True)
+    with torch.no_grad():
+        anchor = features(fixed)
+    with torch.enable_grad():
+        image = features(moving)
+        gap = torch.linalg.vector_norm((image - anchor).flatten(1), ord=norm, dim=1)
+        (gradient,) = torch.autograd.grad(gap.sum(), moving)
+    ratio = gap.detach() / _length(moving.detach() - fixed, norm).flatten()
+    return ratio.nan_to_num(nan=0.0, posinf=math.inf), gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _move(fixed: Tensor, moving: Tensor, pull: Tensor, step: Tensor, norm: float) -> Tensor:
+    """Add the steepest direction to the unit vector of the pair and restore the length."""
+    difference = moving - fixed
+    length = _length(difference, norm)
+    steepest = pull.sign() if norm == math.inf else pull / _length(pull, norm)
+    direction = difference / length + step.reshape(length.shape) * steepest
+    return fixed + length * direction / _length(direction, norm)
+
+
+def _length(difference: Tensor, norm: float) -> Tensor:
+    """Return the norms of (n, ...) with dimensions kept, never 0."""
+    size = torch.linalg.vector_norm(difference.flatten(1), ord=norm, dim=1)
+    return size.clamp_min(torch.finfo(difference.dtype).tiny).reshape(-1, *[1] * (difference.dim() - 1))

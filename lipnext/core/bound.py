@@ -1,0 +1,130 @@
+"""A Lipschitz bound that carries its proof, and the estimate that is kept apart from it."""
+
+import math
+from dataclasses import dataclass
+
+from lipnext.core.errors import UnsoundError, nearest
+from lipnext.core.rounding import mul_up
+
+PROOFS: dict[str, str] = {
+    "isometry": "The map keeps distances: a permutation, a shift, zero padding or a reflection.",
+    "one-lipschitz": "The map is 1-Lipschitz by an elementary inequality stated in its docstring.",
+    "translation": "The map adds a constant, which leaves differences as they are.",
+    "gram-residual": "||W||^2 <= 1 + ||W^T W - I|| plus the rounding error of the product, in float64.",
+    "gram-iteration": "||W||^(2k) is at most the norm of the k-fold Gram product plus its rounding error.",
+    "exact": "The constant follows from the stored numbers without any rounding.",
+    "product": "The constant of a composition is at most the product of the constants, rounded up.",
+    "sum": "The constant of a sum is at most the sum of the constants, rounded up.",
+    "scaling": "The map multiplies by a constant, whose absolute value is the Lipschitz constant.",
+    "collatz-wielandt": "||A|| <= max_i (A v)_i / v_i for a non-negative symmetric A and any positive v.",
+    "nearest-neighbour": "The distance to a fixed point set is 1-Lipschitz by the triangle inequality.",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured constant: a sample, an attack or a power iteration. It proves nothing and is no number.
+
+    There is no conversion to float and no arithmetic on purpose; read `value` where an estimate is meant.
+
+    Attributes:
+        value: the estimate.
+        method: how it was obtained, such as "power iteration, 20 steps".
+    """
+
+    value: float
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LipschitzBound:
+    """A proved upper bound: ||f(x) - f(y)|| <= value * ||x - y|| for all x, y, in the l2 or l-infinity norm.
+
+    Attributes:
+        value: the bound, finite and not negative.
+        norm: 2.0 or inf, used on both sides of the inequality.
+        proof: a key of `PROOFS`.
+
+    Raises:
+        UnsoundError: where the value is an estimate or no usable number, or the norm or proof is not known.
+    """
+
+    value: float
+    norm: float
+    proof: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, Estimate):
+            raise UnsoundError(_estimate_refused(self.value))
+        if not (_is_exact_float(self.value) and math.isfinite(self.value) and self.value >= 0):
+            raise UnsoundError(
+                f"a Lipschitz bound must be a finite Python float, at least 0, got {self.value!r}; "
+                "round it up to a float first"
+            )
+        object.__setattr__(self, "value", float(self.value))
+        norm_label(self.norm)
+        if self.proof not in PROOFS:
+            known = nearest(str(self.proof), PROOFS)
+            raise UnsoundError(f"a Lipschitz bound needs a known proof, got {self.proof!r}; {known}")
+
+    @staticmethod
+    def compose(*bounds: "LipschitzBound") -> "LipschitzBound":
+        """Bound the composition of maps by the product of their bounds, rounded up.
+
+        Raises:
+            UnsoundError: for no bound at all, something that is not a bound, or bounds in different norms.
+        """
+        if not bounds:
+            raise UnsoundError("nothing to compose: pass at least one LipschitzBound")
+        value = 1.0
+        for bound in bounds:
+            check_bound(bound)
+            if bound.norm != bounds[0].norm:
+                first, other = norm_label(bounds[0].norm), norm_label(bound.norm)
+                raise UnsoundError(
+                    f"cannot compose a bound in {first} with one in {other}; use one norm throughout"
+                )
+            value = mul_up(value, bound.value)
+        return LipschitzBound(value=value, norm=bounds[0].norm, proof="product")
+
+
+def check_bound(bound: object) -> None:
+    """Refuse everything that is not a `LipschitzBound`.
+
+    Raises:
+        UnsoundError: for an `Estimate` (naming its method), a float or anything else.
+    """
+    if isinstance(bound, Estimate):
+        raise UnsoundError(_estimate_refused(bound))
+    if not isinstance(bound, LipschitzBound):
+        raise UnsoundError(
+            f"a proved LipschitzBound is needed, got {type(bound).__name__}; "
+            "take it from lipschitz_bound() of the network"
+        )
+
+
+def norm_label(norm: float) -> str:
+    """Return "l2" for 2.0 and "linf" for inf.
+
+    Raises:
+        UnsoundError: for any other norm.
+    """
+    if norm == 2.0:
+        return "l2"
+    if norm == math.inf:
+        return "linf"
+    raise UnsoundError(f"the norm must be 2.0 or inf, got {norm!r}")
+
+
+def _is_exact_float(value: object) -> bool:
+    """Take integers only where float() keeps them: rounding 2**53 + 1 would lower the bound."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= 2**53
+
+
+def _estimate_refused(estimate: Estimate) -> str:
+    return (
+        f"an estimate ({estimate.method}) is not a bound: it may lie below the true constant; "
+        "use lipschitz_bound(), which proves its value"
+    )

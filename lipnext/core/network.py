@@ -1,0 +1,85 @@
+"""A network as a chain of layers and a linear head: what a global margin certificate is derived from."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+from torch import Tensor, nn
+
+from lipnext.core.bound import LipschitzBound
+from lipnext.core.errors import UnsoundError
+from lipnext.core.module import LipschitzModule
+from lipnext.core.rounding import RoundingState
+
+
+class LinearHead(LipschitzModule):
+    """A last layer `z = W y + c`; once materialised, `weight (K, C)` and `bias (K,)` are what is applied."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    @abstractmethod
+    def distances(self) -> Tensor:
+        """`||w_i - w_j||` for all pairs, shape `(K, K)`, differentiable; for losses, *not* rounded upwards."""
+
+
+class LipschitzNetwork(LipschitzModule):
+    """Images `(B, c, H, W)` in [0, 1] through `body` to features, and through `head` to logits.
+
+    Args:
+        body: layers applied in order; their bounds multiply.
+        head: the last layer; its row distances enter the certificate pair by pair.
+        input_shape: `(c, H, W)`.
+    """
+
+    def __init__(
+        self, body: Sequence[LipschitzModule], head: LinearHead, input_shape: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(body)
+        self.head: LinearHead = head
+        self.input_shape = input_shape
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the head sees, shape `(B, C)`."""
+        x = images
+        for layer in self.body:
+            x = layer(x)
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `(B, K)`."""
+        return self.head(self.features(images))
+
+    def named_layers(self) -> list[tuple[str, LipschitzModule]]:
+        """The layers of the body with their names.
+
+        Raises:
+            UnsoundError: if one of them does not answer for a bound; nothing can be proved about such a network.
+        """
+        layers: list[tuple[str, LipschitzModule]] = []
+        for name, layer in self.body.named_children():
+            if not isinstance(layer, LipschitzModule):
+                raise UnsoundError(
+                    f"body.{name} is a {type(layer).__name__}, which has no proved Lipschitz bound; "
+                    "use a layer of lipnext.nn or derive it from LipschitzModule"
+                )
+            layers.append((f"body.{name}", layer))
+        return layers
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Bound the body (not the head): the product of its layers' bounds."""
+        return LipschitzBound.compose(*(layer.lipschitz_bound() for _, layer in self.named_layers()))
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """Follow the error of the body's evaluation layer by layer."""
+        for _, layer in self.named_layers():
+            state = layer.rounding(state)
+        return state
+
+    def materialise(self) -> Self:
+        """Return a copy for inference, every layer materialised, in evaluation mode."""
+        network = super().materialise()
+        network.body = nn.ModuleList([layer.materialise() for _, layer in self.named_layers()])
+        network.head = self.head.materialise()
+        return network.eval()

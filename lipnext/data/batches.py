@@ -1,0 +1,90 @@
+"""One epoch of training batches, functions of (seed, epoch, batch number) alone, prepared by threads."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from lipnext.core.errors import ConfigError
+from lipnext.core.seed import generator
+from lipnext.data.dataset import Dataset
+
+Batch = tuple[Tensor, Tensor]
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def count_batches(size: int, batch_size: int, *, drop_last: bool = True) -> int:
+    """Return the number of batches in an epoch over `size` images; a set smaller than one batch gives one."""
+    if batch_size < 1:
+        raise ConfigError(f"the batch size must be at least 1, got {batch_size}")
+    whole, left = divmod(size, batch_size)
+    return whole + 1 if left and (whole == 0 or not drop_last) else whole
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    augment: Augmentation | None = None,
+    start: int = 0,
+    drop_last: bool = True,
+    prefetch: int = 2,
+    workers: int = 1,
+) -> Iterator[Batch]:
+    """Return an iterator over the shuffled batches `start`, `start + 1`, ... of one epoch.
+
+    Batch b depends on `dataset`, `batch_size`, `seed`, `epoch` and b only: not on `start` (so a resumed epoch
+    goes on exactly), nor on `prefetch` and `workers`.
+
+    Args:
+        dataset: what to draw from; each image at most once an epoch.
+        batch_size: images in a batch.
+        seed: of the run.
+        epoch: number of the pass, from 0.
+        augment: maps float32 images `(B, C, H, W)` and a generator to images of the same shape.
+        start: number of the first batch to give.
+        drop_last: leave out the last batch if it is not full; a set smaller than one batch still gives one.
+        prefetch: batches prepared ahead in background threads; 0 prepares each when it is asked for.
+        workers: number of those threads.
+
+    Yields:
+        images float32 `(B, C, H, W)` in [0, 1] and labels int64 `(B,)`.
+
+    Raises:
+        ConfigError: for a batch size, number of threads or `start` out of range.
+    """
+    total = count_batches(len(dataset), batch_size, drop_last=drop_last)
+    if not 0 <= start <= total:
+        raise ConfigError(f"the first batch must be in 0..{total}, got {start}")
+    if prefetch < 0 or workers < 1:
+        raise ConfigError(f"prefetch must be 0 or more and workers 1 or more, got {prefetch} and {workers}")
+    order = torch.randperm(len(dataset), generator=generator(seed, "order", epoch))
+
+    def make(number: int) -> Batch:
+        chosen = order[number * batch_size : (number + 1) * batch_size]
+        images = dataset.float_images(chosen)
+        if augment is not None:
+            images = augment(images, generator(seed, "augment", epoch, number))
+        return images, dataset.labels[chosen]
+
+    numbers = range(start, total)
+    return _ahead(make, numbers, prefetch, workers) if prefetch else map(make, numbers)
+
+
+def _ahead(make: Callable[[int], Batch], numbers: range, prefetch: int, workers: int) -> Iterator[Batch]:
+    """Yield `make(number)` in order while threads prepare the next `prefetch`, whose errors rise here."""
+    waiting: deque[Future[Batch]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="lipnext-batches")
+    try:
+        for number in numbers:
+            waiting.append(pool.submit(make, number))
+            if len(waiting) > prefetch:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,74 @@
+"""Losses: pure functions of logits, labels and head distances. A loss is never a certificate.
+
+Shapes: `logits (B, K)`, `labels (B,)` int64, `distances (K, K)` with `||w_i - w_j||` times the Lipschitz bound of the body.
+All return a scalar, the mean over the batch.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    offset: float = 0.0,
+    annealing: float = 0.0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy with temperature, margin offset and logit annealing.
+
+    With `p = softmax((z - offset * onehot_y) / T)` the loss of a sample is `-T (1 - p_y)^annealing log p_y`:
+    offset cross-entropy (Prach & Lampert 2022) for `annealing = 0`, the logit-annealing loss of BRONet (ICML 2025) otherwise.
+    The factor T keeps the size of gradients.
+
+    Args:
+        logits: `(B, K)`.
+        labels: `(B,)`.
+        temperature: T > 0. With a network whose constant is exactly 1 it decides what is learned: the smaller,
+            the more the hard samples count.
+        offset: the margin that the right logit is asked to have in advance.
+        annealing: exponent that fades out samples which are already right.
+        smoothing: label smoothing; needs `annealing = 0`.
+    """
+    if offset:
+        logits = logits - offset * functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    scaled = logits / temperature
+    if not annealing:
+        return temperature * functional.cross_entropy(scaled, labels, label_smoothing=smoothing)
+    log_p = functional.log_softmax(scaled, dim=1).gather(1, labels[:, None]).squeeze(1)
+    weight = (1 - log_p.exp()).clamp_min(0) ** annealing
+    return -temperature * (weight * log_p).mean()
+
+
+def emma(logits: Tensor, labels: Tensor, distances: Tensor, radius: float) -> Tensor:
+    """Shift the logits as EMMA does (LiResNet, NeurIPS 2023): each rival is raised by what a perturbation can do.
+
+    With `u_i = z_i - z_y` and `m_i = distances_yi`, rival `i` becomes `u_i + a_i radius m_i`, where
+    `a_i = clip(-u_i / (radius m_i), 0.01, 1)` is not differentiated: the full shift for a rival that `radius` cannot bring to
+    the boundary, less for one that it can. The result goes into `cross_entropy`.
+
+    Args:
+        logits: `(B, K)`.
+        labels: `(B,)`.
+        distances: `(K, K)`, differentiable.
+        radius: l2 training radius, at least 0.
+
+    Returns:
+        Shifted logits `(B, K)`; the label's is 0.
+    """
+    u = logits - logits.gather(1, labels[:, None])
+    reach = radius * distances[labels]
+    with torch.no_grad():
+        share = (-u / reach.clamp_min(1e-8)).clamp(0.01, 1.0)
+    onehot = functional.one_hot(labels, logits.shape[1]).bool()
+    return torch.where(onehot, torch.zeros_like(u), u + share * reach)
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """`z_y - max_{j != y} z_j` for each sample, shape `(B,)`; negative where the label is not the largest."""
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    rivals = logits.scatter(1, labels[:, None], float("-inf"))
+    return right - rivals.max(dim=1).values

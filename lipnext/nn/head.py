@@ -1,0 +1,66 @@
+"""The last layer: unit rows, and the exact pairwise distances that turn a margin into a radius."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipnext.core.bound import LipschitzBound
+from lipnext.core.network import LinearHead
+from lipnext.core.rounding import RoundingState
+from lipnext.core.propagation import after_addition, after_product, norm_up
+from lipnext.manifold.spectral import absolute_norm_bound, spectral_bound
+
+
+class UnitRowHead(LinearHead):
+    """Logits `z_k = <w_k / ||w_k||, y> + c_k` (last-layer normalisation, LLN); features `(B, C)` to logits `(B, K)`.
+
+    The head as a whole is not 1-Lipschitz; the certificate uses the pairwise distances of its rows.
+
+    Args:
+        channels: features C.
+        classes: K, at least 2.
+        generator: source of randomness.
+    """
+
+    def __init__(self, channels: int, classes: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.normalised = False
+        rows = torch.randn(classes, channels, generator=generator, dtype=torch.float64)
+        self.weight = nn.Parameter(functional.normalize(rows).to(torch.get_default_dtype()))
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def rows(self) -> Tensor:
+        """The rows as they are used, shape `(K, C)`: stored as they are once materialised, normalised before that."""
+        return self.weight if self.normalised else functional.normalize(self.weight, dim=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits in the dtype of the weights, autocast or not: a margin is a small difference."""
+        with torch.autocast(features.device.type, enabled=False):
+            return functional.linear(features.to(self.weight.dtype), self.rows(), self.bias)
+
+    def distances(self) -> Tensor:
+        """`||w_i - w_j||` for all pairs, shape `(K, K)`, differentiable; for losses, *not* rounded upwards."""
+        rows = self.rows()
+        square = (rows.unsqueeze(1) - rows.unsqueeze(0)).square().sum(-1)
+        return torch.sqrt(square.clamp_min(1e-12))
+
+    def materialise(self) -> Self:
+        """Return a copy that stores the normalised rows."""
+        head = super().materialise()
+        with torch.no_grad():
+            head.weight = nn.Parameter(self.rows().detach().clone())
+        head.normalised = True
+        return head
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Prove the l2 norm of the matrix of rows."""
+        return spectral_bound(self.materialise().weight)
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """A product with C terms and one addition, as for any dense layer."""
+        head = self.materialise()
+        bound = spectral_bound(head.weight).value
+        state = after_product(state, head.weight.shape[1], bound, absolute_norm_bound(head.weight))
+        return after_addition(state, norm_up(head.bias))

@@ -1,0 +1,65 @@
+"""Reshapes and pooling: space-to-depth with zero-padded channels, and L2 pooling over all positions."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lipnext.core.bound import LipschitzBound
+from lipnext.core.module import LipschitzModule
+from lipnext.core.rounding import RoundingState
+from lipnext.core.propagation import after_pooling
+
+
+class SpaceToDepth(LipschitzModule):
+    """Images `(B, c, H, W)` to tokens `(B, H/s, W/s, width)`: patches become channels, missing channels are zero.
+
+    Both steps are isometries, so the stem needs no weight: the first block's rotation mixes. An image whose sides are no
+    multiple of the patch is padded with zeros on the right and below, another isometry.
+    """
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.width = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Rearrange; channels are ordered (c, row in patch, column in patch)."""
+        s = self.patch
+        pad_h, pad_w = -images.shape[2] % s, -images.shape[3] % s
+        if pad_h or pad_w:
+            images = functional.pad(images, (0, pad_w, 0, pad_h))
+        tokens = functional.pixel_unshuffle(images, s).permute(0, 2, 3, 1)
+        return functional.pad(tokens, (0, self.width - tokens.shape[-1]))
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1: a permutation of coordinates and padding with zeros."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="isometry")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """No arithmetic, no error."""
+        return state
+
+
+class L2Pool(LipschitzModule):
+    """`y_c = sqrt(sum_hw x_hwc^2)` over all positions: tokens `(B, H, W, C)` to features `(B, C)`.
+
+    1-Lipschitz: each channel's norm is, and the channels are disjoint. The subgradient at zero is zero. In half precision
+    the sum runs in float32.
+    """
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.positions = positions
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Pool; the result is at least float32."""
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        return torch.linalg.vector_norm(tokens, dim=(1, 2), dtype=dtype)
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="one-lipschitz")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """A sum of `H W` squares and a root."""
+        return after_pooling(state, self.positions)

@@ -1,0 +1,67 @@
+"""Translations: input centring, the learned positional encoding and the channel bias. Norm 1, one rounding each."""
+
+import torch
+from torch import Tensor, nn
+
+from lipnext.core.bound import LipschitzBound
+from lipnext.core.module import LipschitzModule
+from lipnext.core.rounding import RoundingState
+from lipnext.core.propagation import after_addition, norm_up
+
+
+class Centre(LipschitzModule):
+    """`x - 0.5` for images in [0, 1], shape `(B, C, H, W)`: an isometry, unlike a division by a standard deviation."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return `images - 0.5`."""
+        return images - 0.5
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1: a translation."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="translation")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """Account for one subtraction. The norm of the result is the network's to know: the state already holds it."""
+        return after_addition(state, 0.0)
+
+
+class PositionalEncoding(LipschitzModule):
+    """`X + p` with one learned number per position, `p` of shape `(H, W, 1)`; tokens are `(B, H, W, C)`."""
+
+    def __init__(self, height: int, width: int, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.weight = nn.Parameter(torch.zeros(height, width, 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Add the encoding to every channel."""
+        return tokens + self.weight
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1: a translation."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="translation")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """One addition; the encoding repeats in every channel, so its norm is `sqrt(C) ||p||`."""
+        return after_addition(state, norm_up(self.weight, copies=self.channels))
+
+
+class ChannelBias(LipschitzModule):
+    """`X + b` with `b` of shape `(C,)` on tokens `(B, H, W, C)`."""
+
+    def __init__(self, channels: int, positions: int) -> None:
+        super().__init__()
+        self.positions = positions
+        self.weight = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Add the bias at every position."""
+        return tokens + self.weight
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1: a translation."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="translation")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """One addition; the bias repeats at every position, so its norm is `sqrt(H W) ||b||`."""
+        return after_addition(state, norm_up(self.weight, copies=self.positions))

@@ -1,0 +1,175 @@
+"""From an experiment to a finished run and back: what the command line and the Python API share."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lipnext import systems
+from lipnext._version import __version__
+from lipnext.core.certificate import Certificate
+from lipnext.core.classifier import Classifier
+from lipnext.core.eps import parse_eps_list
+from lipnext.core.errors import BundleError, ConfigError, TrainingError
+from lipnext.core.experiment import Experiment
+from lipnext.core.files import atomic_write
+from lipnext.data.batches import count_batches
+from lipnext.data.dataset import Dataset
+from lipnext.data.dataset import load as load_data
+from lipnext.data.detect import detect
+from lipnext.deployment.bundle import CERTIFICATE, load_bundle, load_experiment, save_bundle
+from lipnext.training.loop import resolve_precision
+from lipnext.training.loop import train as train_network
+from lipnext.training.progress import reporter
+
+EXPERIMENT, RESULT = "experiment.yaml", "result.json"
+
+
+def resolve(what: str, data: str | None = None, overrides: Sequence[str] = ()) -> Experiment:
+    """Find an experiment by name or YAML file and apply the data folder and overrides.
+
+    Args:
+        what: "digits", "lipnext/cifar10-cpu", or the path of a YAML file.
+        data: folder with the data set; its form is detected.
+        overrides: "section.key=value".
+
+    Raises:
+        ConfigError, DataError: one line each.
+    """
+    is_file = what.endswith((".yaml", ".yml")) or Path(what).is_file()
+    experiment = Experiment.from_yaml(what) if is_file else systems.experiment(what)
+    changes = []
+    if data is not None:
+        changes = [f"data.name={detect(Path(data))}", f"data.path={Path(data).resolve()}"]
+    return resolve_precision(experiment.override([*changes, *overrides]))
+
+
+def train(
+    what: str | Experiment,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+    tensorboard: bool = False,
+) -> dict[str, Any]:
+    """Train, prove the bounds, write the bundle, certify the test part once; go on where an earlier call was interrupted.
+
+    Args:
+        what: an experiment, its name, or its YAML file.
+        out: run folder; created.
+        data: folder with the data set.
+        overrides: "section.key=value".
+        tensorboard: mirror the log for TensorBoard.
+
+    Returns:
+        The content of `result.json`: clean, cra, acr, minutes and what they were obtained by.
+
+    Raises:
+        LipnextError: one line that says what to do.
+        Interrupted: after a signal, once a checkpoint is saved.
+    """
+    if isinstance(what, Experiment):
+        experiment = resolve_precision(what.override(list(overrides)))
+    else:
+        experiment = resolve(what, data, overrides)
+    folder = Path(out)
+    _claim(folder, experiment)
+    splits = load_data(experiment.data)
+    network = systems.build_network(experiment, splits.train.shape, len(splits.train.classes))
+    steps = experiment.train.epochs * count_batches(len(splits.train), experiment.train.batch_size)
+    with reporter(f"training {experiment.preset or experiment.system}", steps) as progress:
+        final, counters = train_network(
+            network,
+            experiment,
+            splits.train,
+            splits.validation,
+            folder,
+            reporter=progress,
+            tensorboard=tensorboard,
+        )
+    save_bundle(final, experiment, splits.train.classes, folder)
+    certificate, labels = certify_run(folder, data=None, test=splits.test)
+    result = {
+        **certificate.summary(labels, parse_eps_list(experiment.certify.eps)),
+        "preset": experiment.preset,
+        "system": experiment.system,
+        "seed": experiment.seed,
+        "minutes": round(counters.seconds / 60, 2),
+        "epochs": experiment.train.epochs,
+        "precision": experiment.train.precision,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "experiment_digest": experiment.digest(),
+        "lipnext_version": __version__,
+        "torch_version": torch.__version__,
+    }
+    _write_json(folder / RESULT, result)
+    return result
+
+
+def load(path: str | Path) -> Classifier:
+    """Load a finished run or a bundle as a `Classifier`; see `deployment.bundle.load_bundle` for what is refused."""
+    return load_bundle(Path(path))
+
+
+def certify_run(
+    path: str | Path, data: str | None = None, test: Dataset | None = None
+) -> tuple[Certificate, torch.Tensor]:
+    """Certify a test part with a finished run.
+
+    Args:
+        path: run folder.
+        data: folder with a data set whose test part is taken; None takes the run's own data.
+        test: the test part itself, where it is in memory already.
+
+    Returns:
+        The certificate and the true labels.
+    """
+    model = load_bundle(Path(path))
+    experiment = load_experiment(Path(path))
+    if test is None:
+        spec = experiment.data
+        if data is not None:
+            spec = spec.model_copy(update={"name": detect(Path(data)), "path": str(data)})
+        test = load_data(spec).test
+    if len(test.classes) != len(model.classes):
+        raise ConfigError(
+            f"the model knows {len(model.classes)} classes, the data set has {len(test.classes)}; "
+            "certify on data with the classes it was trained on"
+        )
+    with reporter("certifying", len(test)) as progress:
+        certificate = model.certify(test.float_images(), experiment.certify.batch_size, progress.advance)
+    return certificate, test.labels
+
+
+def _claim(folder: Path, experiment: Experiment) -> None:
+    """Make the run folder this experiment's, or refuse one that is finished or another's."""
+    written = folder / EXPERIMENT
+    if written.is_file():
+        if Experiment.from_yaml(written).digest() != experiment.digest():
+            raise BundleError(
+                f"{folder} holds a run of another experiment; choose another --out, or continue that one with "
+                f"lipnext train {written} --out {folder}"
+            )
+        if (folder / CERTIFICATE).is_file() and (folder / RESULT).is_file():
+            raise BundleError(
+                f"{folder} holds this run, finished; see it with lipnext certify {folder}, or choose another --out"
+            )
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"--out {folder} is not empty and holds no run; give a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        experiment.to_yaml(written)
+    except OSError as error:
+        raise TrainingError(f"cannot write {written}: {error.strerror or error}; choose another --out") from error
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        json.dump(document, file, indent=2, allow_nan=False)
+        file.write("\n")

@@ -1,0 +1,67 @@
+"""The systems: one file, one system, one record, found by the name of the file and imported when asked for."""
+
+import importlib
+import inspect
+import pkgutil
+
+from lipnext.core.errors import ConfigError, nearest
+from lipnext.core.experiment import Experiment
+from lipnext.core.network import LipschitzNetwork
+from lipnext.core.system import System
+
+
+def list_systems() -> list[str]:
+    """Names of all systems, without importing any of them."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> System:
+    """Return the record of a system.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest one.
+    """
+    if name not in list_systems():
+        raise ConfigError(f"unknown system '{name}'; {nearest(name, list_systems())}")
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    system: System = module.SYSTEM
+    return system
+
+
+def experiment(name: str) -> Experiment:
+    """Return a named experiment: "system/experiment", or just "experiment" where only one system has it.
+
+    Raises:
+        ConfigError: for an unknown or ambiguous name.
+    """
+    system, _, wanted = name.rpartition("/")
+    candidates = {
+        f"{key}/{title}": make
+        for key in ([system] if system else list_systems())
+        for title, make in get(key).experiments.items()
+    }
+    matches = [make for title, make in candidates.items() if title.partition("/")[2] == wanted]
+    if len(matches) > 1:
+        raise ConfigError(f"'{name}' names an experiment of several systems; write system/{wanted}")
+    if not matches:
+        raise ConfigError(f"unknown experiment '{name}'; {nearest(name, candidates)}")
+    return matches[0]()
+
+
+def build_network(
+    experiment: Experiment, input_shape: tuple[int, int, int], classes: int
+) -> LipschitzNetwork:
+    """Build the experiment's network for images of a shape, initialised from the experiment's seed.
+
+    Raises:
+        ConfigError: for an unknown model key, with the nearest one, or a value that the system refuses.
+    """
+    build = get(experiment.system).build
+    known = [name for name in inspect.signature(build).parameters if name not in ("input_shape", "classes", "seed")]
+    for key in experiment.model:
+        if key not in known:
+            raise ConfigError(f"model.{key}: unknown key; {nearest(key, known)}")
+    try:
+        return build(input_shape=input_shape, classes=classes, seed=experiment.seed, **experiment.model)
+    except TypeError as error:
+        raise ConfigError(f"model: {error}") from error

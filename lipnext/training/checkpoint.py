@@ -1,0 +1,118 @@
+"""Checkpoints: one safetensors file each, atomic, and exact; no pickle anywhere.
+
+All randomness of a run is a function of (seed, epoch, batch), so a checkpoint needs no generator state: weights,
+optimiser states, averages and counters are the whole of it.
+"""
+
+import json
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lipnext.core.errors import BundleError, TrainingError
+from lipnext.core.files import atomic_write
+
+FORMAT = "lipnext-checkpoint-1"
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], digest: str, keep: int) -> Path:
+    """Write `step-NNNNNNNNN.safetensors` and delete all but the newest `keep`.
+
+    Args:
+        folder: created if missing.
+        step: optimiser steps done.
+        state: nested dictionaries and lists of tensors and plain values.
+        digest: of the experiment; a checkpoint resumes only its own.
+        keep: how many to keep, at least 1.
+
+    Raises:
+        TrainingError: if the file cannot be written (disk full, no permission); older checkpoints stay as they were.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _take_apart(state, "", tensors)
+    meta = {"format": FORMAT, "digest": digest, "step": str(step), "skeleton": json.dumps(skeleton)}
+    path = folder / f"step-{step:09d}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        data = save(tensors, metadata=meta)
+        with atomic_write(path, "wb") as file:
+            file.write(data)
+        for old in list_checkpoints(folder)[:-keep]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write checkpoint {path}: {error.strerror or error}; free some space or choose another "
+            "--out, then run the same command again (older checkpoints are intact)"
+        ) from error
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d{9}\.safetensors", p.name))
+
+
+def load_checkpoint(path: Path, digest: str) -> dict[str, Any]:
+    """Read the state back.
+
+    Raises:
+        BundleError: if the file is damaged, of another format, or of another experiment.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is damaged or no checkpoint ({error}); delete it to resume from an older one") from error
+    if meta.get("format") != FORMAT:
+        raise BundleError(f"{path} has format {meta.get('format')!r}, this version reads {FORMAT!r}")
+    if meta.get("digest") != digest:
+        raise BundleError(
+            f"{path} belongs to another experiment (digest {str(meta.get('digest'))[:12]}, asked for "
+            f"{digest[:12]}); choose another --out, or run the experiment.yaml that stands there"
+        )
+    state: dict[str, Any] = _put_together(json.loads(meta["skeleton"]), tensors)
+    return state
+
+
+def _take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of a nested state into `tensors` and return its skeleton, fit for JSON."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        # Keys keep their type: optimiser states are keyed by integers.
+        return {"dict": [[key, _take_apart(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_take_apart(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__} at {path}")
+
+
+def _put_together(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+    kind, content = next(iter(skeleton.items()))
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _put_together(item, tensors) for key, item in content}
+    if kind in ("list", "tuple"):
+        items = [_put_together(item, tensors) for item in content]
+        return items if kind == "list" else tuple(items)
+    return content
+
+
+def weights_are_finite(state: dict[str, Tensor]) -> bool:
+    """Whether every tensor of a state dict is finite; only such a state may become the newest checkpoint."""
+    return all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
+
+

@@ -1,0 +1,71 @@
+"""The log of a run: one JSON object a line, flushed as it happens; optionally mirrored to TensorBoard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lipnext.core.errors import TrainingError
+from lipnext.core.files import atomic_write
+
+
+class RunLog:
+    """Appends events to `log.jsonl`.
+
+    Args:
+        path: the file; its folder must exist.
+        resume_step: keep only events up to this optimiser step, so that a resumed run reads as if it had never stopped.
+        tensorboard: folder for TensorBoard's files, or None; needs the extra `lipnext[log]`.
+    """
+
+    def __init__(self, path: Path, resume_step: int, tensorboard: Path | None = None) -> None:
+        kept = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= resume_step]
+        with atomic_write(path) as file:
+            file.writelines(line + "\n" for line in kept)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = _tensorboard_writer(tensorboard) if tensorboard else None
+
+    def write(self, step: int, event: str, **fields: Any) -> None:
+        """Append one event."""
+        try:
+            self._file.write(json.dumps({"step": step, "event": event, **fields}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"cannot write {self._file.name}: {error.strerror or error}") from error
+        if self._writer is not None:
+            for name, value in _scalars(fields):
+                self._writer.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _step(line: str) -> int | None:
+    """The step of a log line; None for a line cut off by a crash."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _scalars(fields: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found.append((prefix + name, float(value)))
+    return found
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TrainingError("TensorBoard is not installed; run: pip install 'lipnext[log]'") from error
+    return SummaryWriter(str(folder))

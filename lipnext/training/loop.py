@@ -1,0 +1,257 @@
+"""Training: one flat loop that reads top to bottom.
+
+The loop is given the training and validation parts and nothing else: there is no path by which the test set could
+influence a choice.
+"""
+
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipnext.core.errors import ConfigError, TrainingError
+from lipnext.core.experiment import Experiment, OptimSpec
+from lipnext.core.network import LipschitzNetwork
+from lipnext.data.augment import Augment
+from lipnext.data.batches import batches, count_batches
+from lipnext.data.dataset import Dataset
+from lipnext.manifold.polar import residual
+from lipnext.optim.average import RetractedAverage
+from lipnext.optim.groups import split_parameters
+from lipnext.optim.muon import ManifoldMuon
+from lipnext.optim.orthogonal import OrthogonalOptimizer
+from lipnext.optim.orthogonal_adam import OrthogonalAdam
+from lipnext.optim.schedule import warmup_cosine
+from lipnext.training.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    weights_are_finite,
+)
+from lipnext.training.interrupt import StopRequest
+from lipnext.training.log import RunLog
+from lipnext.training.objective import Objective
+from lipnext.training.progress import Reporter, Silent
+from lipnext.training.validation import estimate_validation
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run after its checkpoint was saved; `code` is 143 or 130."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of every checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+
+
+def train(
+    network: LipschitzNetwork,
+    experiment: Experiment,
+    training: Dataset,
+    validation: Dataset,
+    folder: Path,
+    *,
+    reporter: Reporter | None = None,
+    tensorboard: bool = False,
+) -> tuple[LipschitzNetwork, Progress]:
+    """Train `network` in place, or go on from the newest checkpoint in `folder`.
+
+    Args:
+        network: freshly built; in float32.
+        experiment: resolved (no precision "auto").
+        training: the part that is learned from.
+        validation: the part that is looked at every few epochs.
+        folder: gets `log.jsonl` and `checkpoints/`.
+        reporter: told after every step.
+        tensorboard: mirror the log for TensorBoard.
+
+    Returns:
+        The final network (the retracted average if `train.ema` is on) and the counters.
+
+    Raises:
+        TrainingError: if the loss is not finite, or a checkpoint cannot be written; the last good one is kept.
+        Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is saved.
+    """
+    spec, reporter = experiment.train, reporter or Silent()
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    device = torch.device(spec.device)
+    network.to(device, torch.float64 if spec.precision == "float64" else torch.float32)
+
+    # ---- what is trained, and how -----------------------------------------------------------------------------
+    orthogonal, euclidean = split_parameters(network)
+    manifold = make_orthogonal_optimizer(list(orthogonal.values()), experiment.optim)
+    rest = torch.optim.NAdam(euclidean.values(), lr=experiment.optim.euclidean_lr, betas=experiment.optim.betas)
+    average = RetractedAverage(network, spec.ema) if spec.ema else None
+    objective, augment = Objective(experiment.loss), Augment(experiment.augment)
+    per_epoch = count_batches(len(training), spec.batch_size)
+    total = spec.epochs * per_epoch
+
+    # ---- resume -----------------------------------------------------------------------------------------------
+    progress, digest = Progress(), experiment.digest()
+    parts: dict[str, Any] = {"network": network, "manifold": manifold, "rest": rest, "average": average}
+    saved = list_checkpoints(folder / "checkpoints")
+    if saved:
+        progress = _restore(load_checkpoint(saved[-1], digest), parts)
+        reporter.line(f"resumed from {saved[-1].name}, epoch {progress.epoch + 1} of {spec.epochs}")
+        reporter.advance(progress.step)
+    log = RunLog(folder / "log.jsonl", progress.step, folder / "tensorboard" if tensorboard else None)
+
+    def save() -> None:
+        if weights_are_finite(network.state_dict()):
+            save_checkpoint(folder / "checkpoints", progress.step, _state(progress, parts), digest, spec.keep)
+
+    # ---- epochs -----------------------------------------------------------------------------------------------
+    with StopRequest() as stop:
+        while progress.epoch < spec.epochs:
+            network.train()
+            for images, labels in batches(
+                training,
+                spec.batch_size,
+                seed=experiment.seed,
+                epoch=progress.epoch,
+                augment=augment,
+                start=progress.batch,
+            ):
+                started = time.perf_counter()
+                share = progress.step / total
+                _set_rates(manifold, rest, experiment.optim, progress.step, total)
+                images, labels = images.to(device), labels.to(device)
+                if spec.precision == "float64":
+                    images = images.double()
+                with _autocast(spec.precision, device):
+                    logits = network(images)
+                loss = objective(logits, labels, network.head.distances(), share)
+                manifold.zero_grad(set_to_none=True)
+                rest.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise TrainingError(_not_finite(value, progress, folder))
+                if experiment.optim.clip:
+                    nn.utils.clip_grad_norm_(network.parameters(), experiment.optim.clip)
+                manifold.step()
+                rest.step()
+                if average is not None:
+                    average.update(network)
+                progress.step += 1
+                progress.batch += 1
+                progress.loss_sum += value
+                progress.seconds += time.perf_counter() - started
+                reporter.advance(1, f"epoch {progress.epoch + 1}/{spec.epochs} loss {value:.4f}")
+                if stop.requested and progress.batch < per_epoch:
+                    save()
+                    raise Interrupted(stop.exit_code)
+
+            # ---- end of an epoch: retract, look at validation, save ------------------------------------------------
+            progress.epoch += 1
+            progress.batch = 0
+            drift = _drift(list(orthogonal.values()))
+            if progress.epoch % experiment.optim.retract_every == 0 or progress.epoch == spec.epochs:
+                manifold.retract()
+            last = progress.epoch == spec.epochs
+            fields: dict[str, Any] = {
+                "epoch": progress.epoch,
+                "loss": progress.loss_sum / per_epoch,
+                "drift": drift,
+                "rate": manifold.param_groups[0]["lr"],
+                "radius": objective.radius((progress.step - 1) / total),
+                "temperature": objective.temperature((progress.step - 1) / total),
+                "seconds": round(progress.seconds, 3),
+            }
+            if last or progress.epoch % spec.evaluate_every == 0:
+                current = average.network(network) if average is not None else network
+                fields["validation_estimate"] = estimate_validation(
+                    current, validation, experiment.certify.eps, experiment.certify.batch_size
+                )
+            progress.loss_sum = 0.0
+            log.write(progress.step, "epoch", **fields)
+            reporter.line(_epoch_line(fields, spec.epochs))
+            if last or stop.requested or progress.epoch % spec.checkpoint_every == 0:
+                save()
+            if stop.requested and not last:
+                raise Interrupted(stop.exit_code)
+
+    log.close()
+    final = average.network(network) if average is not None else network
+    return final.eval(), progress
+
+
+def make_orthogonal_optimizer(params: list[nn.Parameter], spec: OptimSpec) -> OrthogonalOptimizer:
+    """Return the optimiser on the orthogonal group that the experiment names."""
+    if not params:
+        raise ConfigError("the network has no orthogonal matrices; choose a system that declares some")
+    if spec.name == "adam":
+        return OrthogonalAdam(params, lr=spec.lr, betas=spec.betas, lookahead=spec.lookahead)
+    return ManifoldMuon(params, lr=spec.lr, momentum=spec.momentum, lookahead=spec.lookahead)
+
+
+def resolve_precision(experiment: Experiment) -> Experiment:
+    """Replace `train.precision: auto` by what this machine multiplies fastest: bfloat16 if native, else float32."""
+    if experiment.train.precision != "auto":
+        return experiment
+    if experiment.train.device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return experiment.override([f"train.precision={'bfloat16' if native else 'float32'}"])
+
+
+def _set_rates(
+    manifold: OrthogonalOptimizer, rest: torch.optim.Optimizer, spec: OptimSpec, step: int, total: int
+) -> None:
+    factor = warmup_cosine(step, total, spec.warmup, spec.final)
+    for group in manifold.param_groups:
+        group["lr"] = spec.lr * factor
+    for group in rest.param_groups:
+        group["lr"] = spec.euclidean_lr * factor
+
+
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _drift(matrices: list[nn.Parameter]) -> float:
+    """The largest `||W^T W - I||_F` over all orthogonal matrices."""
+    return max(residual(matrix.detach()).max().item() for matrix in matrices)
+
+
+def _state(progress: Progress, parts: dict[str, Any]) -> dict[str, Any]:
+    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    return {"progress": vars(progress).copy(), **states}
+
+
+def _restore(state: dict[str, Any], parts: dict[str, Any]) -> Progress:
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(state[name])
+    return Progress(**state["progress"])
+
+
+def _not_finite(value: float, progress: Progress, folder: Path) -> str:
+    kept = list_checkpoints(folder / "checkpoints")
+    where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
+    return (
+        f"the loss became {value} at step {progress.step} (epoch {progress.epoch + 1}); {where}; "
+        "lower optim.lr or optim.euclidean_lr, or set optim.clip, and train into a new --out"
+    )
+
+
+def _epoch_line(fields: dict[str, Any], epochs: int) -> str:
+    line = f"epoch {fields['epoch']}/{epochs}  loss {fields['loss']:.4f}  drift {fields['drift']:.1e}"
+    estimate = fields.get("validation_estimate")
+    if estimate:
+        cra = "  ".join(f"{name} {value:.3f}" for name, value in estimate["cra"].items())
+        line += f"  validation (estimate): clean {estimate['clean']:.3f}  {cra}  ACR {estimate['acr']:.3f}"
+    return f"{line}  {fields['seconds']:.0f} s"

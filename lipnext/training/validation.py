@@ -1,0 +1,36 @@
+"""Fast figures on the validation part during training. They choose and report; they certify nothing."""
+
+import torch
+
+from lipnext.core.eps import parse_eps_list
+from lipnext.core.network import LipschitzNetwork
+from lipnext.data.dataset import Dataset
+
+
+@torch.no_grad()
+def estimate_validation(
+    network: LipschitzNetwork, dataset: Dataset, eps: tuple[str, ...], batch_size: int
+) -> dict[str, object]:
+    """Estimate clean accuracy, CRA and ACR in the network's own precision with the body's constant taken as 1.
+
+    No bound is proved and no rounding counted, hence the name; the certificate of the finished run is another path.
+
+    Returns:
+        `{"clean": float, "cra": {eps: float}, "acr": float}`.
+    """
+    frozen = network.materialise()
+    like = next(frozen.parameters())
+    distances = frozen.head.distances()
+    radii = []
+    for start in range(0, len(dataset), batch_size):
+        chosen = slice(start, start + batch_size)
+        labels = dataset.labels[chosen].to(like.device)
+        logits = frozen(dataset.float_images(chosen).to(like))
+        ratio = (logits.gather(1, labels[:, None]) - logits) / distances[labels]
+        radii.append(ratio.scatter(1, labels[:, None], float("inf")).min(dim=1).values)
+    radius = torch.cat(radii).double()
+    return {
+        "clean": (radius > 0).double().mean().item(),
+        "cra": {name: (radius > float(value)).double().mean().item() for name, value in parse_eps_list(eps).items()},
+        "acr": radius.clamp_min(0).mean().item(),
+    }

@@ -1,0 +1,12 @@
+"""Hints name the closest key, and every error has an exit code for the command line."""
+
+from lipnext.core.errors import ConfigError, LipnextError, TrainingError, UnsoundError, nearest
+
+
+def test_nearest_leads_with_the_closest_name_and_lists_all() -> None:
+    assert nearest("epoch", ["lr", "epochs"]) == "did you mean 'epochs'? known: epochs, lr"
+    assert nearest("zzz", ["lr", "epochs"]) == "known: epochs, lr"
+
+
+def test_exit_codes() -> None:
+    assert [e.exit_code for e in (LipnextError, ConfigError, UnsoundError, TrainingError)] == [2, 2, 3, 4]
