@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lipnext.core.errors import ConfigError
+
 
 def cross_entropy(
     logits: Tensor,
@@ -32,14 +34,23 @@ def cross_entropy(
         offset: the margin that the right logit is asked to have in advance.
         annealing: exponent that fades out samples which are already right.
         smoothing: label smoothing; needs `annealing = 0`.
+
+    Raises:
+        ConfigError: if both smoothing and annealing are asked for.
     """
+    if annealing and smoothing:
+        raise ConfigError(
+            f"loss: smoothing ({smoothing:g}) and annealing ({annealing:g}) cannot be combined; "
+            "set one of them to 0"
+        )
     if offset:
         logits = logits - offset * functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
     scaled = logits / temperature
     if not annealing:
         return temperature * functional.cross_entropy(scaled, labels, label_smoothing=smoothing)
     log_p = functional.log_softmax(scaled, dim=1).gather(1, labels[:, None]).squeeze(1)
-    weight = (1 - log_p.exp()).clamp_min(0) ** annealing
+    # 1 - p without cancellation; the floor keeps the slope of a power below 1 finite where p is 1
+    weight = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny) ** annealing
     return -temperature * (weight * log_p).mean()
 
 

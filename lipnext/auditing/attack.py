@@ -24,8 +24,10 @@ Logits = Callable[[Tensor], Tensor]
 """Images (n, ...) to logits (n, K), each image on its own, differentiable in the image."""
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""Logits (n, K) and labels (n,) to what an attack drives up, (n,)."""
+"""Logits (m, K) and the indices (m,) of their images to what an attack drives up, (m,)."""
 
+RIVALS = 9
+"""Rivals whose boundaries are compared; the nearest one is often not the runner-up's."""
 BISECTIONS = 40
 # How far behind the linearised boundary a new candidate is put; a curved boundary needs the larger ones.
 OVERSHOOTS = (1.001, 1.02, 1.2)
@@ -86,9 +88,9 @@ def pgd(
     """Search for a changed label in the closed ball around each image by projected gradient ascent.
 
     Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks" (ICLR 2018), with steps
-    normalised to the radius that shrink to nothing. Even restarts raise the largest rival's margin, odd ones
-    the cross-entropy; the first starts at the image, the others at random. An image is left alone once its
-    label has changed.
+    normalised to the radius that shrink to nothing. Even restarts drive towards one rival each, the nearest
+    by linearisation first, odd ones raise the cross-entropy; the first starts at the image, the others at
+    random. An image is left alone once its label has changed.
 
     Args:
         logits: the network.
@@ -115,8 +117,10 @@ def pgd(
         raise ConfigError(f"restarts must be at least 1, got {restarts}")
     best = _Best(images, labels_predicted, norm, _radii(radius, images))
     reach = _column(_reach(best.limit, images), images)
+    rivals = _nearest_rivals(logits, best)
     for restart in range(restarts):
-        objective = (rival_margin, cross_entropy)[restart % 2]
+        target = rivals[:, restart // 2 % rivals.shape[1]]
+        objective = _away_from(labels_predicted) if restart % 2 else _towards(target, labels_predicted)
         noise = generator("pgd", seed, restart)
         start = _rescale(_random_like(images, noise), reach, norm) if restart else torch.zeros_like(images)
         _climb(logits, best, start, reach, objective, steps, noise, box)
@@ -135,10 +139,11 @@ def minimal_norm(
 ) -> AttackResult:
     """Search for the smallest l2 perturbation that changes each label.
 
-    Rony et al., "Decoupling Direction and Norm" (CVPR 2019): ascend on a sphere whose radius shrinks while the
-    label is changed and grows while it is not. Where that fails, the nearest other image with another label is
-    the start. What is found is drawn back to the boundary by bisection, then moved along it with the
-    boundary's linearisation (Croce and Hein, "Minimally distorted Adversarial Examples", ICML 2020).
+    Rony et al., "Decoupling Direction and Norm" (CVPR 2019): ascend on a sphere whose radius shrinks while
+    the label is changed and grows while it is not; half of the steps drive towards the nearest rival by
+    linearisation, half towards the largest one at each step. Where both fail, the nearest other image with
+    another label is the start. What is found is drawn back to the boundary by bisection, then moved along it
+    with the boundary's linearisation (Croce and Hein, "Minimally distorted Adversarial Examples", ICML 2020).
 
     Args:
         logits: the network.
@@ -160,7 +165,10 @@ def minimal_norm(
     best = _Best(images, labels, 2.0, torch.full((len(images),), math.inf))
     if len(images) == 0:
         return best.result()
-    _shrink_sphere(logits, best, steps, generator("minimal_norm", seed), box, progress)
+    noise = generator("minimal_norm", seed)
+    nearest = _towards(_nearest_rivals(logits, best)[:, 0], labels)
+    _shrink_sphere(logits, best, nearest, (steps + 1) // 2, noise, box, progress)
+    _shrink_sphere(logits, best, _largest_rival(labels), steps // 2, noise, box, progress)
     _start_from_others(logits, best)
     _bisect(logits, best, BISECTIONS)
     for _ in range(5):
@@ -174,11 +182,6 @@ def rival_margin(values: Tensor, labels: Tensor) -> Tensor:
     """Return (n,): the largest rival's logit less the label's; positive where the label has changed."""
     right = values.gather(1, labels[:, None]).squeeze(1)
     return values.scatter(1, labels[:, None], -math.inf).amax(dim=1) - right
-
-
-def cross_entropy(values: Tensor, labels: Tensor) -> Tensor:
-    """Return (n,), the cross-entropy of each image."""
-    return functional.cross_entropy(values, labels, reduction="none")
 
 
 def distances(images: Tensor, others: Tensor, norm: float) -> Tensor:
@@ -242,9 +245,9 @@ def _climb(
     for step in range(steps + 1):
         if len(active) == 0:
             return
-        images, labels = best.originals[active], best.labels[active]
+        images = best.originals[active]
         points = _put(images, delta, box)
-        values, gradient = _ascend(logits, points, labels, objective)
+        values, gradient = _ascend(logits, points, active, objective)
         going = ~best.offer(active, points, values)
         active, reach = active[going], reach[going]
         move = reach * _fading(step, steps) * _direction(gradient[going], noise, best.norm)
@@ -254,24 +257,25 @@ def _climb(
 def _shrink_sphere(
     logits: Logits,
     best: _Best,
+    objective: Objective,
     steps: int,
     noise: torch.Generator,
     box: bool,
     progress: Callable[[int], None] | None,
 ) -> None:
     """Decoupled direction and norm, with all sizes relative to the sphere's present radius."""
-    images, labels = best.originals, best.labels
+    images = best.originals
     everything = torch.arange(len(images), device=images.device)
-    values, gradient = _ascend(logits, images, labels, rival_margin)
+    values, gradient = _ascend(logits, images, everything, objective)
     best.offer(everything, images, values)
     # The first sphere is where the linearised margin vanishes.
     slope = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    guess = -rival_margin(values, labels).detach() / slope
+    guess = -objective(values, everything) / slope
     size = _column(torch.where(guess.isfinite(), guess, 1.0).clamp(1e-4, 1e3), images)
     delta = size * _direction(gradient, noise, 2.0)
     for step in range(steps):
         points = _put(images, delta, box)
-        values, gradient = _ascend(logits, points, labels, rival_margin)
+        values, gradient = _ascend(logits, points, everything, objective)
         wrong = best.offer(everything, points, values)
         fading = _fading(step, steps)
         delta = (points - images) + size * fading * _direction(gradient, noise, 2.0)
@@ -317,8 +321,8 @@ def _walk(logits: Logits, best: _Best, box: bool) -> None:
     if len(index) == 0:
         return
     images, points = best.originals[index], best.images[index]
-    values, gradient = _ascend(logits, points, best.labels[index], rival_margin)
-    margin = rival_margin(values, best.labels[index]).detach()
+    values, gradient = _ascend(logits, points, index, _largest_rival(best.labels))
+    margin = rival_margin(values, best.labels[index])
     along = (gradient * (points - images)).flatten(1).sum(1)
     squared = gradient.flatten(1).square().sum(1).clamp_min(torch.finfo(images.dtype).tiny)
     step = _column(((along - margin) / squared).clamp_min(0), images) * gradient
@@ -328,12 +332,52 @@ def _walk(logits: Logits, best: _Best, box: bool) -> None:
             best.offer(index, candidates, logits(candidates))
 
 
-def _ascend(logits: Logits, points: Tensor, labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def _nearest_rivals(logits: Logits, best: _Best) -> Tensor:
+    """Return (n, R) of the R <= `RIVALS` largest rivals, those whose linearised boundary is nearest first."""
+    images, labels = best.originals, best.labels
+    everything = torch.arange(len(images), device=images.device)
+    with torch.no_grad():
+        values = logits(images)
+    if values.dim() != 2 or values.shape[1] < 2:
+        raise DataError(f"an attack needs logits (n, K) of K >= 2 classes, got {tuple(values.shape)}")
+    count = min(RIVALS, values.shape[1] - 1)
+    rivals = values.scatter(1, labels[:, None], -math.inf).topk(count, dim=1).indices
+    gaps = []
+    for rival in rivals.unbind(1):
+        objective = _towards(rival, labels)
+        values, gradient = _ascend(logits, images, everything, objective)
+        dual = 1.0 if best.norm == math.inf else 2.0
+        gaps.append(
+            -objective(values, everything) / torch.linalg.vector_norm(gradient.flatten(1), dual, dim=1)
+        )
+    return rivals.gather(1, torch.stack(gaps, dim=1).nan_to_num(math.inf).argsort(dim=1))
+
+
+def _towards(target: Tensor, labels: Tensor) -> Objective:
+    """The logit of the image's target less that of its label."""
+
+    def objective(values: Tensor, index: Tensor) -> Tensor:
+        pair = torch.stack([target[index], labels[index]], dim=1)
+        logit = values.gather(1, pair)
+        return logit[:, 0] - logit[:, 1]
+
+    return objective
+
+
+def _largest_rival(labels: Tensor) -> Objective:
+    return lambda values, index: rival_margin(values, labels[index])
+
+
+def _away_from(labels: Tensor) -> Objective:
+    return lambda values, index: functional.cross_entropy(values, labels[index], reduction="none")
+
+
+def _ascend(logits: Logits, points: Tensor, index: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """Return the logits and the gradient of the objective in the images."""
     points = points.detach().requires_grad_(True)
     with torch.enable_grad():
         values = logits(points)
-        total = objective(values, labels).sum()
+        total = objective(values, index).sum()
         if not total.requires_grad:
             raise ConfigError(
                 "the network has no gradient in the image; pass one that torch can differentiate"

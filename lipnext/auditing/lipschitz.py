@@ -27,8 +27,9 @@ def estimate_lipschitz(
 
     The starts are each image with a random neighbour at every length of `NEAR` and, where there are two
     images, with another image. One end of a pair then moves on the sphere around the other along the gradient
-    of `||f(x) - f(x')||`, with a step for each pair that grows while it helps; the ends take turns. For a
-    linear map a large step is power iteration.
+    of `||f(x) - f(x')||`, with a step for each pair that grows while it helps (for a linear map a large step
+    is power iteration). Now and then the ends change roles and the pair shrinks to its steeper half: by the
+    triangle inequality one half is at least as steep as the whole.
 
     Args:
         features: the map, (n, ...) to (n, ...), each sample on its own, differentiable, in float64.
@@ -43,18 +44,31 @@ def estimate_lipschitz(
 
     Raises:
         DataError: where there is no image or it is not float64 (differences of near pairs would be noise).
-        ConfigError: where steps is below 1.
+        ConfigError: where steps is below 1 or the map has no gradient in the image.
         UnsoundError: for another norm.
     """
     norm_label(norm)
     if images.dtype != torch.float64 or images.dim() < 2 or len(images) == 0:
         raise DataError(
-            f"the estimate needs at least one float64 image (n, ...), got {images.dtype} of {tuple(images.shape)}"
+            f"an estimate needs float64 images (n, ...), n >= 1, got {images.dtype} of {tuple(images.shape)}"
         )
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
     fixed, moving = _pairs(images, seed, norm)
-    step = torch.ones(len(fixed), dtype=torch.float64, device=images.device)
+    best = _climb(features, fixed, moving, steps, norm, progress)
+    return Estimate(value=best, method=f"pair ascent, {len(fixed)} pairs, {steps} steps")
+
+
+def _climb(
+    features: Callable[[Tensor], Tensor],
+    fixed: Tensor,
+    moving: Tensor,
+    steps: int,
+    norm: float,
+    progress: Callable[[int], None] | None,
+) -> float:
+    """Move the pairs and return the largest ratio seen."""
+    step = torch.ones(len(fixed), dtype=torch.float64, device=fixed.device)
     ratio, pull = _ratio(features, fixed, moving, norm)
     best = ratio
     for turn in range(steps):
@@ -62,16 +76,17 @@ def estimate_lipschitz(
         new_ratio, new_pull = _ratio(features, fixed, candidate, norm)
         better = new_ratio >= ratio
         step = torch.where(better, step * 4, step / 2).clamp(1e-6, 1e6)
-        column = better.reshape(-1, *[1] * (images.dim() - 1))
+        column = better.reshape(-1, *[1] * (fixed.dim() - 1))
         moving, pull = torch.where(column, candidate, moving), torch.where(column, new_pull, pull)
         ratio = torch.where(better, new_ratio, ratio)
         best = torch.maximum(best, ratio)
         if turn % 4 == 3:
-            fixed, moving = moving, fixed
+            moving, fixed = _steeper_half(features, fixed, moving, norm)
             ratio, pull = _ratio(features, fixed, moving, norm)
+            best = torch.maximum(best, ratio)
         if progress is not None:
             progress(1)
-    return Estimate(value=best.max().item(), method=f"pair ascent, {len(fixed)} pairs, {steps} steps")
+    return best.max().item()
 
 
 def _pairs(images: Tensor, seed: int, norm: float) -> tuple[Tensor, Tensor]:
@@ -96,6 +111,8 @@ def _ratio(
     with torch.enable_grad():
         image = features(moving)
         gap = torch.linalg.vector_norm((image - anchor).flatten(1), ord=norm, dim=1)
+        if not gap.requires_grad:
+            raise ConfigError("the map has no gradient in the image; pass one that torch can differentiate")
         (gradient,) = torch.autograd.grad(gap.sum(), moving)
     ratio = gap.detach() / _length(moving.detach() - fixed, norm).flatten()
     return ratio.nan_to_num(nan=0.0, posinf=math.inf), gradient.nan_to_num(0.0, 0.0, 0.0)
@@ -108,6 +125,20 @@ def _move(fixed: Tensor, moving: Tensor, pull: Tensor, step: Tensor, norm: float
     steepest = pull.sign() if norm == math.inf else pull / _length(pull, norm)
     direction = difference / length + step.reshape(length.shape) * steepest
     return fixed + length * direction / _length(direction, norm)
+
+
+def _steeper_half(
+    features: Callable[[Tensor], Tensor], first: Tensor, last: Tensor, norm: float
+) -> tuple[Tensor, Tensor]:
+    """Return the ends of the half of each segment with the larger ratio; the shortest pairs stay whole."""
+    middle = (first + last) / 2
+    gain = _ratio(features, middle, last, norm)[0] - _ratio(features, first, middle, norm)[0]
+    column = gain.reshape(-1, *[1] * (first.dim() - 1))
+    whole = _length(last - first, norm) < 2 * min(NEAR)
+    return (
+        torch.where(whole | (column <= 0), first, middle),
+        torch.where(whole | (column > 0), last, middle),
+    )
 
 
 def _length(difference: Tensor, norm: float) -> Tensor:

@@ -19,6 +19,7 @@ from lipnext.core.bound import PROOFS, LipschitzBound
 from lipnext.core.certificate import Certificate
 from lipnext.core.errors import UnsoundError
 from lipnext.core.files import sha256_tensors
+from lipnext.core.guard import check_images
 from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up, sqrt_up
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.propagation import norm_up
@@ -76,7 +77,11 @@ class MarginCertifier:
         """Certify images `(n, c, h, w)` in [0, 1], float32 or float64: labels, and radii rounded down.
 
         Ties, margins within the rounding error and non-finite logits get radius 0.
+
+        Raises:
+            DataError: if the images are not of that form: the error bounds hold for images in [0, 1] alone.
         """
+        check_images(images, self.network.input_shape)
         logits = self.network(images.double())
         labels = logits.argmax(dim=1)
         margin = logits.gather(1, labels[:, None]) - logits
@@ -123,7 +128,7 @@ class MarginCertifier:
     def _denominator(self) -> Tensor:
         """`K ||w_i - w_j||`, rounded up; a floor keeps the radius finite for rows that coincide."""
         product = self.evidence.body.value * self.evidence.distances
-        return torch.nextafter(product, torch.full_like(product, math.inf)).clamp_min(1e-30)
+        return _up(product).clamp_min(1e-30)
 
 
 def prove(network: LipschitzNetwork) -> Evidence:
@@ -156,10 +161,9 @@ def head_distances(rows: Tensor) -> Tensor:
     the root are covered by `gamma_(c + 6)`.
     """
     w = rows.detach().double()
-    difference = w.unsqueeze(1) - w.unsqueeze(0)
-    distance = difference.square().sum(-1).sqrt()
+    distance = torch.stack([(w - row).square().sum(-1).sqrt() for row in w])  # row by row: K x C at a time
     factor = add_up(1.0, gamma(w.shape[1] + 6, _U))
-    rounded = torch.nextafter(distance * factor, torch.full_like(distance, math.inf))
+    rounded = _up(distance * factor)
     rounded.fill_diagonal_(0.0)
     return rounded
 
@@ -170,21 +174,26 @@ def _margin_errors(rows: Tensor, bias: Tensor, state: RoundingState, distances: 
     A logit has `c` products and one addition, and the margin one subtraction, relative to terms of size at most
     `||w_k|| ||g|| + |c_k|`: together below `gamma_(c + 2)`.
     """
-    classes, channels = rows.shape
+    channels = rows.shape[1]
     size = add_up(state.norm, state.error)
     rounding = gamma(channels + 2, _U)
-    logit = [
-        mul_up(rounding, add_up(mul_up(norm_up(row), size), abs(float(constant))))
-        for row, constant in zip(rows.detach(), bias.detach(), strict=True)
-    ]
-    table = [
+    logit = torch.tensor(
         [
-            add_up(mul_up(distances[i, j].item(), state.error), add_up(logit[i], logit[j]))
-            for j in range(classes)
-        ]
-        for i in range(classes)
-    ]
-    return torch.tensor(table, dtype=torch.float64)
+            mul_up(rounding, add_up(mul_up(norm_up(row), size), abs(float(constant))))
+            for row, constant in zip(rows.detach(), bias.detach(), strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    table = _up(_up(distances.cpu() * state.error) + _up(logit.unsqueeze(1) + logit))
+    if not bool(torch.isfinite(table).all()):
+        raise UnsoundError(
+            "the head holds NaN, infinity or numbers that overflow; nothing can be proved about it"
+        )
+    return table
+
+
+def _up(tensor: Tensor) -> Tensor:
+    return torch.nextafter(tensor, torch.full_like(tensor, math.inf))
 
 
 def _down(tensor: Tensor) -> Tensor:

@@ -114,6 +114,6 @@ class Classifier(nn.Module):
         tensors = dict(self.net.named_parameters()) | dict(self.net.named_buffers())
         state = sha256_tensors(tensors) + repr(self.net)
         if self._proved is None or self._proved[0] != state:
-            self._proved = None
+            self._proved = None  # The old certifier's float64 weights are freed before new ones are made.
             self._proved = (state, self.make_certifier(self.net))
         return self._proved[1]

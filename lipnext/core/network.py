@@ -58,7 +58,7 @@ class LipschitzNetwork(LipschitzModule):
             UnsoundError: if one of them does not answer for a bound; nothing can be proved about such a network.
         """
         layers: list[tuple[str, LipschitzModule]] = []
-        for name, layer in self.body.named_children():
+        for name, layer in enumerate(self.body):  # named_children() would skip a layer that is applied twice
             if not isinstance(layer, LipschitzModule):
                 raise UnsoundError(
                     f"body.{name} is a {type(layer).__name__}, which has no proved Lipschitz bound; "
@@ -78,7 +78,16 @@ class LipschitzNetwork(LipschitzModule):
         return state
 
     def materialise(self) -> Self:
-        """Return a copy for inference, every layer materialised, in evaluation mode."""
+        """Return a copy for inference, every layer materialised, in evaluation mode.
+
+        Raises:
+            UnsoundError: if a layer of the body is unknown, or the head is no `LinearHead`.
+        """
+        if not isinstance(self.head, LinearHead):
+            raise UnsoundError(
+                f"head is a {type(self.head).__name__}, whose row distances nobody answers for; "
+                "use a LinearHead such as lipnext.nn.head.UnitRowHead"
+            )
         network = super().materialise()
         network.body = nn.ModuleList([layer.materialise() for _, layer in self.named_layers()])
         network.head = self.head.materialise()

@@ -35,6 +35,18 @@ def after_product(state: RoundingState, terms: int, bound: float, absolute: floa
     return RoundingState(norm=mul_up(bound, state.norm), error=error, unit=state.unit)
 
 
+def after_affine(
+    state: RoundingState, terms: int, bound: float, absolute: float, shift_norm: float
+) -> RoundingState:
+    """`W x + b` as one operation (`addmm`): the bias may enter the sum first and be rounded with every term.
+
+    In every component the error is at most `gamma_(terms + 1) (|W| |x| + |b|)`.
+    """
+    size = add_up(mul_up(absolute, add_up(state.norm, state.error)), shift_norm)
+    error = add_up(mul_up(bound, state.error), mul_up(gamma(terms + 1, state.unit), size))
+    return RoundingState(norm=add_up(mul_up(bound, state.norm), shift_norm), error=error, unit=state.unit)
+
+
 def after_pooling(state: RoundingState, window: int) -> RoundingState:
     """A root of a sum of `window` squares: 1-Lipschitz, relative error below `gamma_(window + 2)`."""
     rounding = mul_up(gamma(window + 2, state.unit), add_up(state.norm, state.error))

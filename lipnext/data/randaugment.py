@@ -72,7 +72,8 @@ def geometric_matrices(name: str, strength: Tensor, height: int, width: int) -> 
 
     Args:
         name: "shear-x" or "shear-y" (up to 0.3, about the upper left corner), "translate-x" or "translate-y"
-            (up to 150/331 of the side, whole pixels), "rotate" (up to 30 degrees about the centre, anticlockwise above 0).
+            (up to 150/331 of the side, whole pixels), "rotate" (up to 30 degrees about the centre,
+            anticlockwise above 0).
         strength: float64 `(B,)`, from -1 to 1.
         height: of the images, in pixels.
         width: of the images, in pixels.

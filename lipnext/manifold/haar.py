@@ -13,4 +13,4 @@ def haar(n: int, *batch: int, generator: torch.Generator | None = None, dtype: t
     gaussian = torch.randn(*batch, n, n, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     signs = torch.diagonal(r, dim1=-2, dim2=-1).sign()
-    return (q * signs.unsqueeze(-2)).to(dtype or torch.get_default_dtype())
+    return (q * signs.unsqueeze(-2)).to(dtype or torch.get_default_dtype()).contiguous()  # QR gives columns

@@ -34,13 +34,13 @@ def near_orthogonal_bound(weight: Tensor, squarings: int = 2) -> LipschitzBound:
         UnsoundError: if the weight holds NaN or infinity.
     """
     w = _as_exact(weight)
-    gram = w.mT @ w
+    gram = _mirrored(w.mT @ w)
     diagonal = torch.diagonal(gram)
     if bool((diagonal < 0.5).any()) or bool((diagonal > 2).any()):
         return spectral_bound(weight)
     gram.diagonal().sub_(1.0)  # exact: Sterbenz's lemma for entries in [1/2, 2]
     frobenius = _frobenius_up(w)
-    rounding = mul_up(gamma(w.shape[0], _U), mul_up(frobenius, frobenius))
+    rounding = add_up(mul_up(gamma(w.shape[0], _U), mul_up(frobenius, frobenius)), _TINY)
     excess = add_up(_symmetric_norm_up(gram, squarings), rounding)
     return LipschitzBound(value=sqrt_up(add_up(1.0, excess)), norm=2.0, proof="gram-residual")
 
@@ -49,7 +49,7 @@ def spectral_bound(weight: Tensor, squarings: int = 7) -> LipschitzBound:
     """Bound `||W||_2` of any dense matrix from above by Gram iteration.
 
     `||W||_2^2 <= ||(W^T W)^(2^k)||_F^(1/2^k)` for every `k` (Delattre et al. 2023), with a rounding term for
-    each product. The excess over the true norm is below `n^(1/2^(k+2))`, about 0.7 % at `k = 7` in the worst case
+    each product. The excess over the true norm is below `n^(1/2^(k+2))`, about 1.4 % at `k = 7` in the worst case
     (all singular values equal) for `n = 1024`, and far smaller with a spectral gap.
 
     Args:
@@ -62,7 +62,7 @@ def spectral_bound(weight: Tensor, squarings: int = 7) -> LipschitzBound:
     w = _as_exact(weight)
     scale = _power_of_two(_frobenius_up(w))
     w = w / scale  # exact: a power of two, up to underflow that `_TINY` covers
-    gram = w.mT @ w
+    gram = _mirrored(w.mT @ w)
     frobenius = _frobenius_up(w)
     rounding = add_up(mul_up(gamma(w.shape[0], _U), mul_up(frobenius, frobenius)), _TINY)
     squared = add_up(_symmetric_norm_up(gram, squarings), rounding)
@@ -78,6 +78,9 @@ def absolute_norm_bound(weight: Tensor, steps: int = 4) -> float:
     Args:
         weight: shape `(m, n)`, any floating dtype; taken as exact.
         steps: power iterations on `v`.
+
+    Raises:
+        UnsoundError: if the weight holds NaN or infinity, or squares of its entries overflow.
     """
     a = _as_exact(weight).abs()
     m, n = a.shape
@@ -89,6 +92,8 @@ def absolute_norm_bound(weight: Tensor, steps: int = 4) -> float:
             break
         v = (image / peak).clamp_min(1e-6)  # stays positive whatever the zeros of A
     ratio = (a.mT @ (a @ v) / v).max().item()
+    if not math.isfinite(ratio):
+        raise UnsoundError("the entries of a weight matrix are so large that their squares overflow; rescale it")
     ratio = mul_up(ratio, add_up(1.0, gamma(m + n + 4, _U)))
     return sqrt_up(add_up(ratio, _TINY))
 
@@ -139,8 +144,20 @@ def _symmetric_norm_up(matrix: Tensor, squarings: int) -> float:
     scaled = matrix / scale
     relative = mul_up(frobenius, 1.0 / scale)
     rounding = add_up(mul_up(gamma(matrix.shape[0], _U), mul_up(relative, relative)), _TINY)
-    squared = add_up(_symmetric_norm_up(scaled @ scaled, squarings - 1), rounding)
+    square = _mirrored(scaled @ scaled)
+    squared = add_up(_symmetric_norm_up(square, squarings - 1), rounding)
     return min(frobenius, mul_up(sqrt_up(squared), scale))
+
+
+def _mirrored(product: Tensor) -> Tensor:
+    """Copy the upper triangle of a computed `A^T A` onto the lower one.
+
+    BLAS may sum the two triangles in different orders. Each entry keeps its own error bound, and what is
+    squared next is exactly symmetric: without that, `||M||_2^2 = ||M^2||_2` is false (the square of a
+    nilpotent `M` is zero).
+    """
+    upper = product.triu()
+    return upper + upper.triu(1).mT
 
 
 def _power_of_two(value: float) -> float:

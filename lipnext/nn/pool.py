@@ -28,7 +28,10 @@ class SpaceToDepth(LipschitzModule):
         pad_h, pad_w = -images.shape[2] % s, -images.shape[3] % s
         if pad_h or pad_w:
             images = functional.pad(images, (0, pad_w, 0, pad_h))
-        tokens = functional.pixel_unshuffle(images, s).permute(0, 2, 3, 1)
+        batch, channels, height, width = images.shape
+        # pixel_unshuffle, spelled out because that returns an empty batch unchanged
+        patches = images.reshape(batch, channels, height // s, s, width // s, s).permute(0, 2, 4, 1, 3, 5)
+        tokens = patches.reshape(batch, height // s, width // s, channels * s * s)
         return functional.pad(tokens, (0, self.width - tokens.shape[-1]))
 
     def lipschitz_bound(self) -> LipschitzBound:

@@ -7,7 +7,7 @@ from lipnext.core.module import LipschitzModule
 
 
 def split_parameters(net: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Split trainable parameters into orthogonal and Euclidean ones, by name in the order of the modules.
+    """Split all parameters into orthogonal and Euclidean ones, by name in the order of the modules.
 
     A parameter belongs to the orthogonal group if the class of its layer lists it in `orthogonal`; the others of a
     `LipschitzModule` are Euclidean.
@@ -22,7 +22,7 @@ def split_parameters(net: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str,
     for path, module in net.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
-            if not parameter.requires_grad or id(parameter) in seen:
+            if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             if not isinstance(module, LipschitzModule):

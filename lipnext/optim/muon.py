@@ -11,7 +11,7 @@ from lipnext.manifold.skew import skew_sign
 from lipnext.optim.orthogonal import OrthogonalOptimizer
 
 # Largest angle at which each Taylor order leaves ||P^T P - I||_2 below float32's roundoff (see `taylor_exp`).
-ANGLES = ((0.03, 3), (0.18, 4))
+ANGLES = ((0.029, 3), (0.127, 4))
 
 
 class ManifoldMuon(OrthogonalOptimizer):
@@ -28,6 +28,7 @@ class ManifoldMuon(OrthogonalOptimizer):
         lr: step angle t in radians.
         momentum: decay of the momentum; Nesterov's variant is used, as in Muon.
         sign_steps: Newton-Schulz steps in `skew_sign`, three products each.
+        sign_dtype: in which they run; None is the matrices' own.
         lookahead: period of Lookahead in steps; 0 is off.
     """
 
@@ -36,12 +37,14 @@ class ManifoldMuon(OrthogonalOptimizer):
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float = 0.02,
         momentum: float = 0.95,
-        sign_steps: int = 6,
+        sign_steps: int = 5,
+        sign_dtype: torch.dtype | None = None,
         lookahead: int = 0,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "sign_steps": sign_steps, "lookahead": lookahead}
         )
+        self.sign_dtype = sign_dtype
 
     def tangent_step(self, direction: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         """Update the momentum and return `-t J`."""
@@ -52,7 +55,7 @@ class ManifoldMuon(OrthogonalOptimizer):
         momenta = [s["momentum"] for s in states]
         torch._foreach_lerp_(momenta, parts, 1 - group["momentum"])
         nesterov = torch.lerp(direction, torch.stack(momenta), group["momentum"])
-        return skew_sign(nesterov, group["sign_steps"]).mul_(-group["lr"])
+        return skew_sign(nesterov, group["sign_steps"], self.sign_dtype).mul_(-group["lr"])
 
     def move(self, step: Tensor, group: dict[str, Any]) -> Tensor:
         """Exponential by a Taylor order chosen from the step angle (Lookahead's half sum of steps is longer)."""

@@ -32,7 +32,10 @@ class OrthogonalOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def tangent_step(self, direction: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        """Return the skew tangent steps for a stack of Riemannian gradients; `states` are the matrices' own."""
+        """Return the skew tangent steps for a stack of Riemannian gradients.
+
+        `states` are the matrices' own; all hold the same `step`, 1 at the first call.
+        """
 
     def move(self, step: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the orthogonal factors `exp(step)` by which the points are multiplied from the right."""
@@ -46,12 +49,16 @@ class OrthogonalOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for params in _alike([p for p in group["params"] if p.grad is not None]):
+            moving = [p for p in group["params"] if p.grad is not None]
+            # A matrix that had no gradient at first is some steps behind: it is not stacked with the others.
+            for params in _alike(moving, [self.state[p].get("step", 0) for p in moving]):
                 self._step_stack(params, group)
         return loss
 
     def _step_stack(self, params: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] = state.get("step", 0) + 1
         points = torch.stack(params)
         gradients = torch.stack([p.grad for p in params if p.grad is not None])
         step = self.tangent_step(tangent(points, gradients), states, group)
@@ -84,18 +91,18 @@ class OrthogonalOptimizer(Optimizer, ABC):
     def retract(self) -> None:
         """Bring all matrices (and Lookahead's slow copies) back onto the manifold; the paper does so every epoch."""
         for group in self.param_groups:
-            for params in _alike(group["params"]):
+            for params in _alike(group["params"], [0] * len(group["params"])):
                 torch._foreach_copy_(params, list(retract(torch.stack(params)).unbind(0)))
-                slow = [self.state[p]["slow"] for p in params if "slow" in self.state[p]]
+                slow = [self.state[p]["slow"] for p in params if "slow" in self.state.get(p, {})]
                 if slow:
                     torch._foreach_copy_(slow, list(retract(torch.stack(slow)).unbind(0)))
 
 
-def _alike(params: list[Tensor]) -> list[list[Tensor]]:
-    """Group by shape, dtype and device, at most `MAX_STACK` entries to a group."""
+def _alike(params: list[Tensor], ages: list[int]) -> list[list[Tensor]]:
+    """Group by shape, dtype, device and number of steps taken, at most `MAX_STACK` entries to a group."""
     groups: dict[tuple[Any, ...], list[list[Tensor]]] = {}
-    for p in params:
-        lists = groups.setdefault((p.shape, p.dtype, p.device), [[]])
+    for p, age in zip(params, ages, strict=True):
+        lists = groups.setdefault((p.shape, p.dtype, p.device, age), [[]])
         if lists[-1] and (len(lists[-1]) + 1) * p.numel() > MAX_STACK:
             lists.append([])
         lists[-1].append(p)

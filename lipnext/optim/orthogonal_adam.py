@@ -37,12 +37,9 @@ class OrthogonalAdam(OrthogonalOptimizer):
         """Update the moments and return `-lr u`."""
         beta1, beta2 = group["betas"]
         parts = list(direction.unbind(0))
-        if "step" not in states[0]:
+        if "first" not in states[0]:
             for state, part in zip(states, parts, strict=True):
-                state["step"] = 0
                 state["first"], state["second"] = torch.zeros_like(part), torch.zeros_like(part)
-        for state in states:
-            state["step"] += 1
         first, second = [s["first"] for s in states], [s["second"] for s in states]
         torch._foreach_lerp_(first, parts, 1 - beta1)
         torch._foreach_mul_(second, beta2)

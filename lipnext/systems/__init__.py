@@ -12,7 +12,8 @@ from lipnext.core.system import System
 
 def list_systems() -> list[str]:
     """Names of all systems, without importing any of them."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in names if not name.startswith("_"))
 
 
 def get(name: str) -> System:

@@ -91,7 +91,7 @@ def train(
 
     # ---- what is trained, and how -----------------------------------------------------------------------------
     orthogonal, euclidean = split_parameters(network)
-    manifold = make_orthogonal_optimizer(list(orthogonal.values()), experiment.optim)
+    manifold = make_orthogonal_optimizer(list(orthogonal.values()), experiment)
     rest = torch.optim.NAdam(euclidean.values(), lr=experiment.optim.euclidean_lr, betas=experiment.optim.betas)
     average = RetractedAverage(network, spec.ema) if spec.ema else None
     objective, augment = Objective(experiment.loss), Augment(experiment.augment)
@@ -188,13 +188,17 @@ def train(
     return final.eval(), progress
 
 
-def make_orthogonal_optimizer(params: list[nn.Parameter], spec: OptimSpec) -> OrthogonalOptimizer:
+def make_orthogonal_optimizer(params: list[nn.Parameter], experiment: Experiment) -> OrthogonalOptimizer:
     """Return the optimiser on the orthogonal group that the experiment names."""
+    spec = experiment.optim
     if not params:
         raise ConfigError("the network has no orthogonal matrices; choose a system that declares some")
     if spec.name == "adam":
         return OrthogonalAdam(params, lr=spec.lr, betas=spec.betas, lookahead=spec.lookahead)
-    return ManifoldMuon(params, lr=spec.lr, momentum=spec.momentum, lookahead=spec.lookahead)
+    half = torch.bfloat16 if experiment.train.precision == "bfloat16" else None
+    return ManifoldMuon(
+        params, lr=spec.lr, momentum=spec.momentum, sign_dtype=half, lookahead=spec.lookahead
+    )
 
 
 def resolve_precision(experiment: Experiment) -> Experiment:

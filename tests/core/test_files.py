@@ -50,13 +50,16 @@ def test_errors_leave_the_old_file_and_no_litter(tmp_path: Path, error: BaseExce
     assert os.listdir(tmp_path) == ["f"]
 
 
-def test_a_full_disk_at_fsync_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(handle: int) -> None:
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failing_last_step_leaves_the_old_file(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "f"
     path.write_text("old")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match="No space left"), atomic_write(path) as file:
         file.write("new")
     assert path.read_text() == "old"

@@ -119,8 +119,7 @@ def test_cifar10(cifar10: Path) -> None:
     assert splits.train.classes[0] == "airplane"
     means = splits.test.images.float().mean((0, 2, 3))  # of the original archive: 126.03, 123.71, 114.85
     torch.testing.assert_close(means, torch.tensor([126.03, 123.71, 114.85]).float(), atol=0.01, rtol=0)
-    # Channel means of the 50,000 training images, as commonly published: 0.4914, 0.4822, 0.4465 (JPEG moves them
-    # a little).
+    # The published means of the 50,000 training images are 0.4914, 0.4822, 0.4465; JPEG moves them a little.
     means = splits.train.float_images().mean((0, 2, 3))
     torch.testing.assert_close(
         means, torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float32), atol=2e-3, rtol=0

@@ -50,8 +50,8 @@ def from_pillow(picture: Image.Image) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-# Two byte steps: Pillow truncates the result (less than one) and rounds the grey pixel, the mean or the smoothed
-# pixel (at most one in all), which enters with the weight |1 - factor| <= 0.9.
+# Two byte steps: Pillow truncates the result (less than one) and rounds the grey pixel, the mean or the
+# smoothed pixel (at most one in all), which enters with the weight |1 - factor| <= 0.9.
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("factor", [0.1, 0.73, 1.0, 1.27, 1.9])
 @pytest.mark.parametrize(

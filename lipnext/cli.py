@@ -1,0 +1,184 @@
+"""The command line: verbs only. Each imports what it needs when it runs, so that `--help` is instant."""
+
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lipnext._version import __version__
+from lipnext.core.eps import parse_eps_list, round_down
+from lipnext.core.errors import LipnextError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Image classifiers with a proof: next to every label a radius that no change of the image can beat.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Folder with a data set: parquet, IDX, CIFAR binary, or one folder of pictures per class."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lipnext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+@app.command()
+def systems(as_json: Json = False) -> None:
+    """List the systems and their experiments."""
+    from lipnext import systems as registry
+
+    records = {name: registry.get(name) for name in registry.list_systems()}
+    rows = [
+        {
+            "system": name,
+            "summary": record.summary,
+            "reference": record.reference,
+            "norm": "l2" if record.norm == 2 else "linf",
+            "experiments": list(record.experiments),
+        }
+        for name, record in records.items()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        print(f"{row['system']}  ({row['norm']}, {row['reference']})\n  {row['summary']}")
+        for title in row["experiments"]:
+            doc = inspect.getdoc(records[row["system"]].experiments[title]) or ""
+            print(f"    {row['system']}/{title}: {doc.splitlines()[0]}")
+
+
+@app.command()
+def train(
+    what: Annotated[str, typer.Argument(help="An experiment, such as digits or lipnext/cifar10-cpu, or a YAML file.")],
+    out: Annotated[str | None, typer.Option(help="Run folder; default runs/NAME. An interrupted run goes on.")] = None,
+    data: Data = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, such as train.epochs=2; repeatable.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Mirror the log for TensorBoard (extra: lipnext[log]).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, prove the bounds, save the bundle, certify the test part once."""
+    from lipnext import runs
+
+    experiment = runs.resolve(what, data, overrides or [])
+    folder = out or f"runs/{experiment.preset or experiment.system}"
+    result = runs.train(experiment, folder, tensorboard=tensorboard)
+    if as_json:
+        _print_json(result)
+        return
+    _print_summary(result, f"{folder}: test part, {result['n']} images, trained in {result['minutes']} min")
+
+
+@app.command()
+def certify(
+    run: Annotated[str, typer.Argument(help="A run folder, or any folder with a bundle.")],
+    data: Data = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Radii in pixel units of images in [0, 1], such as 36/255,72/255.")
+    ] = None,
+    records: Annotated[str | None, typer.Option(help="Also write one record a sample to a .jsonl or .csv file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Certify a test part: clean accuracy, certified robust accuracy at each eps, average certified radius."""
+    from lipnext import runs
+    from lipnext.core.errors import ConfigError
+    from lipnext.deployment.bundle import load_experiment
+
+    wanted = parse_eps_list(eps) if eps is not None else None
+    if records is not None and not records.endswith((".jsonl", ".csv")):
+        raise ConfigError(f"--records must end in .jsonl or .csv, got '{records}'")
+    if records is not None and not Path(records).resolve().parent.is_dir():
+        raise ConfigError(f"--records: the folder {Path(records).resolve().parent} does not exist")
+    if wanted is None:
+        wanted = parse_eps_list(load_experiment(Path(run)).certify.eps)
+    certificate, labels = runs.certify_run(run, data)
+    if records is not None:
+        write = certificate.to_csv if records.endswith(".csv") else certificate.to_jsonl
+        write(records, labels)
+    result = certificate.summary(labels, wanted)
+    if as_json:
+        _print_json(result)
+        return
+    _print_summary(result, f"{run}: {result['n']} images")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Train, certify, attack, save and reload a tiny model on this machine: one green table."""
+    from lipnext.doctor import examine
+
+    checks = examine()
+    healthy = all(check.passed for check in checks)
+    if as_json:
+        _print_json({"healthy": healthy, "checks": [vars(check) for check in checks]})
+    else:
+        table = Table("check", "", "what was seen")
+        for check in checks:
+            table.add_row(check.name, "[green]ok[/]" if check.passed else "[bold red]FAILED[/]", check.detail)
+        Console().print(table)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _print_summary(result: dict[str, Any], title: str) -> None:
+    table = Table("clean", *(f"CRA {name}" for name in result["cra"]), "ACR", title=title, title_justify="left")
+    shares = [result["clean"], *result["cra"].values(), result["acr"]]
+    table.add_row(*(round_down(share, 4) for share in shares))
+    console = Console()
+    console.print(table)
+    bound = result["lipschitz"]
+    console.print(
+        f"{result['norm']} {result['kind']}, semantics {result['semantics']}, Lipschitz bound {bound['bound']:.9f} "
+        f"(proved: {bound['proof']}), weights {result['model_sha256'][:12]}",
+        highlight=False,
+    )
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def main() -> None:
+    """Run the command line; a `LipnextError` is one line on standard error and its exit code."""
+    try:
+        app()
+    except LipnextError as error:
+        print(f"lipnext: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("lipnext: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe went away, as in `lipnext systems | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        print("lipnext: out of memory; lower train.batch_size or certify.batch_size", file=sys.stderr)
+        sys.exit(4)
+    except OSError as error:
+        print(f"lipnext: {error.filename or ''}: {error.strerror or error}".replace("lipnext: :", "lipnext:"), file=sys.stderr)
+        sys.exit(4)

@@ -1,0 +1,108 @@
+"""Does everything work on this machine? A tiny model goes the whole way: train, certify, attack, save, reload."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lipnext import runs
+from lipnext.auditing.attack import minimal_norm, violations
+from lipnext.auditing.lipschitz import estimate_lipschitz
+from lipnext.core.certificate import Certificate
+from lipnext.core.classifier import Classifier
+from lipnext.core.errors import LipnextError
+from lipnext.core.experiment import Experiment, LossSpec, OptimSpec, TrainSpec
+from lipnext.core.guard import check_certifiable
+from lipnext.core.network import LipschitzNetwork
+from lipnext.data.dataset import load as load_data
+from lipnext.systems import get
+
+IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's table."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def examine() -> list[Check]:
+    """Run all checks, about ten seconds; a check that raises is a failed check, and those after it still run if they can."""
+    checks = [_check("environment", _environment)]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        checks.append(_check("train", lambda: _train(run)))
+        if not checks[-1].passed:
+            return checks
+        model = runs.load(run)
+        images = load_data(Experiment.from_yaml(run / runs.EXPERIMENT).data).test.float_images(slice(IMAGES))
+        certificate = model.certify(images)
+        checks += [
+            _check("certify", lambda: _certify(certificate)),
+            _check("attack", lambda: _attack(model, images, certificate)),
+            _check("bound", lambda: _bound(model, images, certificate)),
+            _check("reload", lambda: _reload(run, images, certificate)),
+        ]
+    return checks
+
+
+def _check(name: str, action: Callable[[], tuple[bool, str]]) -> Check:
+    try:
+        return Check(name, *action())
+    except LipnextError as error:
+        return Check(name, False, str(error))
+
+
+def _environment() -> tuple[bool, str]:
+    check_certifiable(torch.nn.Linear(1, 1).eval())
+    return True, f"torch {torch.__version__}, {torch.get_num_threads()} threads, float64 products exact where they must be"
+
+
+def _train(folder: Path) -> tuple[bool, str]:
+    experiment = Experiment(
+        system="lipnext",
+        model=dict(get("lipnext").presets["tiny"]),
+        train=TrainSpec(epochs=3, batch_size=64),
+        optim=OptimSpec(lr=0.05),
+        loss=LossSpec(temperature=0.25, ramp_to=1.0),
+    )
+    result = runs.train(experiment, folder)
+    return result["clean"] > 0.3, f"3 epochs on the digits: {result['clean']:.3f} of the test part right (chance 0.1)"
+
+
+def _certify(certificate: Certificate) -> tuple[bool, str]:
+    positive = int((certificate.radius > 0).sum())
+    return positive > 0, f"{positive} of {IMAGES} radii positive, largest {certificate.radius.max().item():.3f}"
+
+
+def _attack(model: Classifier, images: torch.Tensor, certificate: Certificate) -> tuple[bool, str]:
+    network = _executed(model)
+    result = minimal_norm(network, images.double(), certificate.label)
+    inside = violations(certificate, result)
+    closest = (result.distance / certificate.radius.clamp_min(1e-12)).min().item()
+    return len(inside) == 0, f"{len(inside)} successes inside a radius; the closest attack needed {closest:.2f} radii"
+
+
+def _bound(model: Classifier, images: torch.Tensor, certificate: Certificate) -> tuple[bool, str]:
+    assert certificate.lipschitz is not None
+    estimate = estimate_lipschitz(_executed(model).features, images.double())
+    proved = certificate.lipschitz.value
+    return estimate.value <= proved, f"steepest pair found {estimate.value:.6f}, proved bound {proved:.9f}"
+
+
+def _reload(folder: Path, images: torch.Tensor, certificate: Certificate) -> tuple[bool, str]:
+    again = runs.load(folder).certify(images)
+    same = torch.equal(again.radius, certificate.radius) and torch.equal(again.label, certificate.label)
+    return same, "certificates bit for bit the same" if same else "certificates differ after loading again"
+
+
+def _executed(model: Classifier) -> LipschitzNetwork:
+    """What the certificate speaks of: the stored weights, in float64."""
+    network = model.net
+    assert isinstance(network, LipschitzNetwork)
+    return network.materialise().double()
