@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lipnext._version import __version__
-from lipnext.core.eps import parse_eps_list, round_down
+from lipnext.core.eps import parse_eps_list, round_down, round_up
 from lipnext.core.errors import LipnextError
 
 app = typer.Typer(
@@ -26,7 +26,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Data = Annotated[
     str | None,
-    typer.Option(help="Folder with a data set: parquet, IDX, CIFAR binary, or one folder of pictures per class."),
+    typer.Option(
+        help="Folder with a data set: parquet, IDX, CIFAR binary, or one folder of pictures per class."
+    ),
 ]
 
 
@@ -73,13 +75,19 @@ def systems(as_json: Json = False) -> None:
 
 @app.command()
 def train(
-    what: Annotated[str, typer.Argument(help="An experiment, such as digits or lipnext/cifar10-cpu, or a YAML file.")],
-    out: Annotated[str | None, typer.Option(help="Run folder; default runs/NAME. An interrupted run goes on.")] = None,
+    what: Annotated[
+        str, typer.Argument(help="An experiment, such as digits or lipnext/cifar10-cpu, or a YAML file.")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Run folder; default runs/NAME. An interrupted run goes on.")
+    ] = None,
     data: Data = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, such as train.epochs=2; repeatable.")
     ] = None,
-    tensorboard: Annotated[bool, typer.Option(help="Mirror the log for TensorBoard (extra: lipnext[log]).")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option(help="Mirror the log for TensorBoard (extra: lipnext[log]).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train, prove the bounds, save the bundle, certify the test part once."""
@@ -101,10 +109,12 @@ def certify(
     eps: Annotated[
         str | None, typer.Option(help="Radii in pixel units of images in [0, 1], such as 36/255,72/255.")
     ] = None,
-    records: Annotated[str | None, typer.Option(help="Also write one record a sample to a .jsonl or .csv file.")] = None,
+    records: Annotated[
+        str | None, typer.Option(help="Also write one record a sample to a .jsonl or .csv file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Certify a test part: clean accuracy, certified robust accuracy at each eps, average certified radius."""
+    """Certify a test part: clean accuracy, certified accuracy at each eps, average certified radius."""
     from lipnext import runs
     from lipnext.core.errors import ConfigError
     from lipnext.deployment.bundle import load_experiment
@@ -153,7 +163,8 @@ def _print_summary(result: dict[str, Any], title: str) -> None:
     console.print(table)
     bound = result["lipschitz"]
     console.print(
-        f"{result['norm']} {result['kind']}, semantics {result['semantics']}, Lipschitz bound {bound['bound']:.9f} "
+        f"{result['norm']} {result['kind']}, semantics {result['semantics']}, "
+        f"Lipschitz bound {round_up(bound['bound'], 9)} "
         f"(proved: {bound['proof']}), weights {result['model_sha256'][:12]}",
         highlight=False,
     )
@@ -173,6 +184,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("lipnext: interrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as stop:
+        # typer turns Ctrl-C into this code without a word; a training that saved has a class and a line of its own
+        if type(stop) is SystemExit and stop.code == 130:
+            print("lipnext: interrupted", file=sys.stderr)
+        raise
     except BrokenPipeError:  # the reader of a pipe went away, as in `lipnext systems | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -180,5 +196,6 @@ def main() -> None:
         print("lipnext: out of memory; lower train.batch_size or certify.batch_size", file=sys.stderr)
         sys.exit(4)
     except OSError as error:
-        print(f"lipnext: {error.filename or ''}: {error.strerror or error}".replace("lipnext: :", "lipnext:"), file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"lipnext: {place}{error.strerror or error}", file=sys.stderr)
         sys.exit(4)

@@ -27,19 +27,25 @@ from lipnext.training.progress import reporter
 EXPERIMENT, RESULT = "experiment.yaml", "result.json"
 
 
-def resolve(what: str, data: str | None = None, overrides: Sequence[str] = ()) -> Experiment:
+def resolve(
+    what: str | Experiment, data: str | None = None, overrides: Sequence[str] = ()
+) -> Experiment:
     """Find an experiment by name or YAML file and apply the data folder and overrides.
 
     Args:
-        what: "digits", "lipnext/cifar10-cpu", or the path of a YAML file.
+        what: an experiment, "digits", "lipnext/cifar10-cpu", or the path of a YAML file.
         data: folder with the data set; its form is detected.
         overrides: "section.key=value".
 
     Raises:
         ConfigError, DataError: one line each.
     """
-    is_file = what.endswith((".yaml", ".yml")) or Path(what).is_file()
-    experiment = Experiment.from_yaml(what) if is_file else systems.experiment(what)
+    if isinstance(what, Experiment):
+        experiment = what
+    elif what.endswith((".yaml", ".yml")) or Path(what).is_file():
+        experiment = Experiment.from_yaml(what)
+    else:
+        experiment = systems.experiment(what)
     changes = []
     if data is not None:
         changes = [f"data.name={detect(Path(data))}", f"data.path={Path(data).resolve()}"]
@@ -54,7 +60,9 @@ def train(
     overrides: Sequence[str] = (),
     tensorboard: bool = False,
 ) -> dict[str, Any]:
-    """Train, prove the bounds, write the bundle, certify the test part once; go on where an earlier call was interrupted.
+    """Train, prove the bounds, write the bundle, certify the test part once.
+
+    Goes on where an earlier call with the same arguments was interrupted.
 
     Args:
         what: an experiment, its name, or its YAML file.
@@ -70,14 +78,13 @@ def train(
         LipnextError: one line that says what to do.
         Interrupted: after a signal, once a checkpoint is saved.
     """
-    if isinstance(what, Experiment):
-        experiment = resolve_precision(what.override(list(overrides)))
-    else:
-        experiment = resolve(what, data, overrides)
+    experiment = resolve(what, data, overrides)
     folder = Path(out)
-    _claim(folder, experiment)
+    is_new = _check_free(folder, experiment)
     splits = load_data(experiment.data)
     network = systems.build_network(experiment, splits.train.shape, len(splits.train.classes))
+    if is_new:
+        _claim(folder, experiment)
     steps = experiment.train.epochs * count_batches(len(splits.train), experiment.train.batch_size)
     with reporter(f"training {experiment.preset or experiment.system}", steps) as progress:
         final, counters = train_network(
@@ -110,7 +117,11 @@ def train(
 
 
 def load(path: str | Path) -> Classifier:
-    """Load a finished run or a bundle as a `Classifier`; see `deployment.bundle.load_bundle` for what is refused."""
+    """Load a finished run or a bundle as a `Classifier`.
+
+    Raises:
+        BundleError: as `deployment.bundle.load_bundle`.
+    """
     return load_bundle(Path(path))
 
 
@@ -144,8 +155,8 @@ def certify_run(
     return certificate, test.labels
 
 
-def _claim(folder: Path, experiment: Experiment) -> None:
-    """Make the run folder this experiment's, or refuse one that is finished or another's."""
+def _check_free(folder: Path, experiment: Experiment) -> bool:
+    """Return whether the run folder is new, False for a run to go on with; refuse one finished or another's."""
     written = folder / EXPERIMENT
     if written.is_file():
         if Experiment.from_yaml(written).digest() != experiment.digest():
@@ -155,13 +166,20 @@ def _claim(folder: Path, experiment: Experiment) -> None:
             )
         if (folder / CERTIFICATE).is_file() and (folder / RESULT).is_file():
             raise BundleError(
-                f"{folder} holds this run, finished; see it with lipnext certify {folder}, or choose another --out"
+                f"{folder} holds this run, finished; see it with lipnext certify {folder}, "
+                "or choose another --out"
             )
-        return
+        return False
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"--out {folder} is not empty and holds no run; give a new folder")
+    return True
+
+
+def _claim(folder: Path, experiment: Experiment) -> None:
+    """Make the run folder this experiment's, after all that a mistyped command can fail at."""
+    written = folder / EXPERIMENT
     try:
         folder.mkdir(parents=True, exist_ok=True)
         experiment.to_yaml(written)

@@ -1,11 +1,13 @@
 """The bundle: `model.safetensors`, `config.json` and `certificate.json` in one folder.
 
-The weights are those that are certified and executed: matrices re-orthogonalised in float64, products and unit rows
-formed there, each rounded once to float32. `certificate.json` holds every bound with its proof and the hashes of the other two
-files; loading compares the hashes, and certifying proves the bounds again from the weights.
+The weights are those that are certified and executed: matrices re-orthogonalised in float64, products and unit
+rows formed there, each rounded once to float32. `certificate.json` holds every bound with its proof, the hashes of
+the other two files and one of itself; loading compares the hashes, and certifying proves the bounds again from the
+weights.
 """
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -76,6 +78,7 @@ def save_bundle(
             "input": {"shape": config["input_shape"], "range": [0, 1], "preprocessing": "none"},
             **certifier.describe(),
         }
+        certificate["certificate_sha256"] = _hash(certificate)
         _write_json(folder / CERTIFICATE, certificate)
     except OSError as error:
         raise TrainingError(
@@ -96,7 +99,8 @@ def load_bundle(folder: Path) -> Classifier:
     for name in (WEIGHTS, CONFIG, CERTIFICATE):
         if not (folder / name).is_file():
             raise BundleError(
-                f"{folder} has no {name}: the run is not finished or no run at all; finish it with lipnext train"
+                f"{folder} has no {name}: the run is not finished or no run at all; "
+                "finish it with lipnext train"
             )
     certificate, config = _read_json(folder / CERTIFICATE), _read_json(folder / CONFIG)
     for name, document in ((CERTIFICATE, certificate), (CONFIG, config)):
@@ -105,6 +109,10 @@ def load_bundle(folder: Path) -> Classifier:
                 f"{folder / name} has format {document.get('format')!r}, this version reads {FORMAT}; "
                 "upgrade lipnext or export the model again"
             )
+    if certificate.get("certificate_sha256") != _hash(certificate):
+        raise BundleError(
+            f"{folder / CERTIFICATE} was changed (its own sha256 differs); copy the bundle again"
+        )
     for name, key in ((CONFIG, "config_sha256"), (WEIGHTS, "weights_file_sha256")):
         if sha256_file(folder / name) != certificate.get(key):
             raise BundleError(
@@ -115,7 +123,7 @@ def load_bundle(folder: Path) -> Classifier:
         network, experiment = _rebuild(config)
     except (LipnextError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{folder / CONFIG} cannot be used: {error}") from error
-    _load_weights(network, folder / WEIGHTS)
+    _load_weights(network, folder / WEIGHTS, certificate.get("model_sha256"))
     shape = cast(tuple[int, int, int], tuple(config["input_shape"]))
     system = get(experiment.system)
     return Classifier(network, system.certify, shape, tuple(config["classes"]), experiment.system).eval()
@@ -139,11 +147,11 @@ def _rebuild(config: dict[str, Any]) -> tuple[LipschitzNetwork, Experiment]:
     """The materialised network that the config describes, with untrained weights."""
     experiment = Experiment.model_validate(config["experiment"])
     shape = cast(tuple[int, int, int], tuple(int(n) for n in config["input_shape"]))
-    return build_network(experiment, shape, len(config["classes"])).materialise(), experiment
+    return build_network(experiment, shape, len(config["classes"])).materialise().float(), experiment
 
 
-def _load_weights(network: LipschitzNetwork, path: Path) -> None:
-    """Read the tensors, refusing missing, superfluous, misshapen ones and anything that is not float32."""
+def _load_weights(network: LipschitzNetwork, path: Path, sha256: object) -> None:
+    """Read the tensors, refusing missing, superfluous, misshapen or other ones and all that is not float32."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -162,7 +170,18 @@ def _load_weights(network: LipschitzNetwork, path: Path) -> None:
                 f"{path}: {name} must be float32 of shape {tuple(expected[name].shape)}, got {tensor.dtype} "
                 f"{tuple(tensor.shape)}"
             )
+    if sha256_tensors(tensors) != sha256:
+        raise BundleError(
+            f"{path} does not hold the weights that were certified (model_sha256 in {CERTIFICATE} differs); "
+            "copy the bundle again"
+        )
     network.load_state_dict(tensors)
+
+
+def _hash(certificate: dict[str, Any]) -> str:
+    """The sha256 of the canonical JSON of everything in the certificate but this hash."""
+    rest = {key: value for key, value in certificate.items() if key != "certificate_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

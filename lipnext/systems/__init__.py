@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from typing import cast
 
 from lipnext.core.errors import ConfigError, nearest
 from lipnext.core.experiment import Experiment
@@ -58,11 +59,22 @@ def build_network(
         ConfigError: for an unknown model key, with the nearest one, or a value that the system refuses.
     """
     build = get(experiment.system).build
-    known = [name for name in inspect.signature(build).parameters if name not in ("input_shape", "classes", "seed")]
-    for key in experiment.model:
+    given = ("input_shape", "classes", "seed")
+    known = {name: p.annotation for name, p in inspect.signature(build).parameters.items() if name not in given}
+    for key, value in experiment.model.items():
         if key not in known:
             raise ConfigError(f"model.{key}: unknown key; {nearest(key, known)}")
-    try:
-        return build(input_shape=input_shape, classes=classes, seed=experiment.seed, **experiment.model)
-    except TypeError as error:
-        raise ConfigError(f"model: {error}") from error
+        if not _fits(value, known[key]):
+            raise ConfigError(f"model.{key}: must be {_KINDS[known[key]]}, got {value!r}")
+    network = build(input_shape=input_shape, classes=classes, seed=experiment.seed, **experiment.model)
+    return cast(LipschitzNetwork, network)
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _fits(value: bool | int | float | str, kind: object) -> bool:
+    """Whether a value may stand for an argument with that annotation; any other annotation is `build`'s business."""
+    if kind not in _KINDS:
+        return True
+    return type(value) is kind or (kind is float and type(value) is int)

@@ -4,8 +4,8 @@ All randomness of a run is a function of (seed, epoch, batch), so a checkpoint n
 optimiser states, averages and counters are the whole of it.
 """
 
+import hashlib
 import json
-
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lipnext.core.errors import BundleError, TrainingError
-from lipnext.core.files import atomic_write
+from lipnext.core.files import atomic_write, sha256_tensors
 
 FORMAT = "lipnext-checkpoint-1"
 
@@ -37,6 +37,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], digest: str,
     tensors: dict[str, Tensor] = {}
     skeleton = _take_apart(state, "", tensors)
     meta = {"format": FORMAT, "digest": digest, "step": str(step), "skeleton": json.dumps(skeleton)}
+    meta["sha256"] = _hash(meta, tensors)
     path = folder / f"step-{step:09d}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,7 @@ def load_checkpoint(path: Path, digest: str) -> dict[str, Any]:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} is damaged or no checkpoint ({error}); delete it to resume from an older one") from error
+        raise BundleError(_damaged(path, str(error))) from error
     if meta.get("format") != FORMAT:
         raise BundleError(f"{path} has format {meta.get('format')!r}, this version reads {FORMAT!r}")
     if meta.get("digest") != digest:
@@ -79,8 +80,20 @@ def load_checkpoint(path: Path, digest: str) -> dict[str, Any]:
             f"{path} belongs to another experiment (digest {str(meta.get('digest'))[:12]}, asked for "
             f"{digest[:12]}); choose another --out, or run the experiment.yaml that stands there"
         )
+    if meta.pop("sha256", None) != _hash(meta, tensors):
+        raise BundleError(_damaged(path, "its sha256 differs"))
     state: dict[str, Any] = _put_together(json.loads(meta["skeleton"]), tensors)
     return state
+
+
+def _hash(meta: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """One sha256 over everything else in the file: a damaged disk must not pass for an exact resume."""
+    text = json.dumps(meta, sort_keys=True) + sha256_tensors(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"{path} is damaged or no checkpoint ({reason}); delete it to resume from an older one"
 
 
 def _take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -112,7 +125,5 @@ def _put_together(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def weights_are_finite(state: dict[str, Tensor]) -> bool:
-    """Whether every tensor of a state dict is finite; only such a state may become the newest checkpoint."""
+    """Whether every floating tensor of a state dict is finite."""
     return all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
-
-

@@ -2,30 +2,40 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from lipnext.core.errors import TrainingError
 from lipnext.core.files import atomic_write
 
 
 class RunLog:
-    """Appends events to `log.jsonl`.
+    """Appends events to `log.jsonl`; a context manager that closes it.
 
     Args:
         path: the file; its folder must exist.
-        resume_step: keep only events up to this optimiser step, so that a resumed run reads as if it had never stopped.
+        resume_step: keep only events up to this optimiser step, so that a resumed run reads as if it had never
+            stopped.
         tensorboard: folder for TensorBoard's files, or None; needs the extra `lipnext[log]`.
     """
 
     def __init__(self, path: Path, resume_step: int, tensorboard: Path | None = None) -> None:
+        self._writer = _tensorboard_writer(tensorboard, resume_step) if tensorboard else None
         kept = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= resume_step]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if (step := _step(line)) is not None and step <= resume_step]
         with atomic_write(path) as file:
             file.writelines(line + "\n" for line in kept)
         self._file = path.open("a", encoding="utf-8")
-        self._writer = _tensorboard_writer(tensorboard) if tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def write(self, step: int, event: str, **fields: Any) -> None:
         """Append one event."""
@@ -63,9 +73,9 @@ def _scalars(fields: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
     return found
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+def _tensorboard_writer(folder: Path, resume_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise TrainingError("TensorBoard is not installed; run: pip install 'lipnext[log]'") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=resume_step + 1)

@@ -9,7 +9,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ def train(
     spec, reporter = experiment.train, reporter or Silent()
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    device = torch.device(spec.device)
+    device = resolve_device(spec.device)
     network.to(device, torch.float64 if spec.precision == "float64" else torch.float32)
 
     # ---- what is trained, and how -----------------------------------------------------------------------------
@@ -105,15 +105,15 @@ def train(
     if saved:
         progress = _restore(load_checkpoint(saved[-1], digest), parts)
         reporter.line(f"resumed from {saved[-1].name}, epoch {progress.epoch + 1} of {spec.epochs}")
-        reporter.advance(progress.step)
-    log = RunLog(folder / "log.jsonl", progress.step, folder / "tensorboard" if tensorboard else None)
+        reporter.resume(progress.step)
 
     def save() -> None:
-        if weights_are_finite(network.state_dict()):
-            save_checkpoint(folder / "checkpoints", progress.step, _state(progress, parts), digest, spec.keep)
+        _check_weights(network, progress, folder)
+        save_checkpoint(folder / "checkpoints", progress.step, _state(progress, parts), digest, spec.keep)
 
     # ---- epochs -----------------------------------------------------------------------------------------------
-    with StopRequest() as stop:
+    board = folder / "tensorboard" if tensorboard else None
+    with RunLog(folder / "log.jsonl", progress.step, board) as log, StopRequest() as stop:
         while progress.epoch < spec.epochs:
             network.train()
             for images, labels in batches(
@@ -135,10 +135,10 @@ def train(
                 loss = objective(logits, labels, network.head.distances(), share)
                 manifold.zero_grad(set_to_none=True)
                 rest.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise TrainingError(_not_finite(value, progress, folder))
+                    raise TrainingError(_not_finite(f"the loss became {value}", progress, folder))
                 if experiment.optim.clip:
                     nn.utils.clip_grad_norm_(network.parameters(), experiment.optim.clip)
                 manifold.step()
@@ -152,9 +152,11 @@ def train(
                 reporter.advance(1, f"epoch {progress.epoch + 1}/{spec.epochs} loss {value:.4f}")
                 if stop.requested and progress.batch < per_epoch:
                     save()
+                    reporter.line(_interrupted(progress))
                     raise Interrupted(stop.exit_code)
 
             # ---- end of an epoch: retract, look at validation, save ------------------------------------------------
+            _check_weights(network, progress, folder)
             progress.epoch += 1
             progress.batch = 0
             drift = _drift(list(orthogonal.values()))
@@ -171,21 +173,23 @@ def train(
                 "seconds": round(progress.seconds, 3),
             }
             if last or progress.epoch % spec.evaluate_every == 0:
-                current = average.network(network) if average is not None else network
                 fields["validation_estimate"] = estimate_validation(
-                    current, validation, experiment.certify.eps, experiment.certify.batch_size
+                    _averaged(network, average),
+                    validation,
+                    experiment.certify.eps,
+                    experiment.certify.batch_size,
                 )
             progress.loss_sum = 0.0
             log.write(progress.step, "epoch", **fields)
             reporter.line(_epoch_line(fields, spec.epochs))
-            if last or stop.requested or progress.epoch % spec.checkpoint_every == 0:
+            stopping = stop.requested  # read once: a signal that comes while saving stops at the next step
+            if last or stopping or progress.epoch % spec.checkpoint_every == 0:
                 save()
-            if stop.requested and not last:
+            if stopping:
+                reporter.line(_interrupted(progress))
                 raise Interrupted(stop.exit_code)
 
-    log.close()
-    final = average.network(network) if average is not None else network
-    return final.eval(), progress
+    return _averaged(network, average).eval(), progress
 
 
 def make_orthogonal_optimizer(params: list[nn.Parameter], experiment: Experiment) -> OrthogonalOptimizer:
@@ -201,8 +205,28 @@ def make_orthogonal_optimizer(params: list[nn.Parameter], experiment: Experiment
     )
 
 
+def resolve_device(name: str) -> torch.device:
+    """Return the device that the experiment names.
+
+    Raises:
+        ConfigError: if this machine or this build of torch does not have it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"train.device: '{name}' cannot be used here ({reason}); cpu always can") from None
+    return device
+
+
 def resolve_precision(experiment: Experiment) -> Experiment:
-    """Replace `train.precision: auto` by what this machine multiplies fastest: bfloat16 if native, else float32."""
+    """Replace `train.precision: auto` by what the device multiplies fastest: bfloat16 if native, else float32.
+
+    Raises:
+        ConfigError: if the device cannot be used here.
+    """
+    resolve_device(experiment.train.device)
     if experiment.train.precision != "auto":
         return experiment
     if experiment.train.device.startswith("cuda"):
@@ -240,14 +264,41 @@ def _restore(state: dict[str, Any], parts: dict[str, Any]) -> Progress:
     for name, part in parts.items():
         if part is not None:
             part.load_state_dict(state[name])
+        if isinstance(part, torch.optim.Optimizer):
+            _keep_dtypes(part, state[name]["state"])
     return Progress(**state["progress"])
 
 
-def _not_finite(value: float, progress: Progress, folder: Path) -> str:
+def _keep_dtypes(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+    """Undo torch's cast of all state to the parameter's dtype: NAdam's `mu_product` has one of its own."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in saved.items():
+        state = optimizer.state[params[index]]
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.dtype != state[key].dtype:
+                state[key] = value.to(state[key].device)
+
+
+def _averaged(network: LipschitzNetwork, average: RetractedAverage | None) -> LipschitzNetwork:
+    """The network that is looked at and kept: the retracted average if there is one."""
+    return network if average is None else cast(LipschitzNetwork, average.network(network))
+
+
+def _interrupted(progress: Progress) -> str:
+    return f"interrupted; saved at step {progress.step}; run the same command again to go on"
+
+
+def _check_weights(network: LipschitzNetwork, progress: Progress, folder: Path) -> None:
+    """Only finite weights may be retracted or become the newest checkpoint."""
+    if not weights_are_finite(network.state_dict()):
+        raise TrainingError(_not_finite("a weight is no longer finite", progress, folder))
+
+
+def _not_finite(what: str, progress: Progress, folder: Path) -> str:
     kept = list_checkpoints(folder / "checkpoints")
     where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
     return (
-        f"the loss became {value} at step {progress.step} (epoch {progress.epoch + 1}); {where}; "
+        f"{what} at step {progress.step} (epoch {progress.epoch + 1}); {where}; "
         "lower optim.lr or optim.euclidean_lr, or set optim.clip, and train into a new --out"
     )
 

@@ -18,6 +18,9 @@ class Reporter(Protocol):
     def advance(self, count: int, note: str = "") -> None:
         """Report `count` more units done."""
 
+    def resume(self, done: int) -> None:
+        """Report that `done` units were done in an earlier run; they do not count towards the speed."""
+
     def line(self, text: str) -> None:
         """Print one lasting line."""
 
@@ -29,15 +32,17 @@ class _Bar:
     def advance(self, count: int, note: str = "") -> None:
         self._progress.update(self._task, advance=count, note=note)  # type: ignore[arg-type]
 
+    def resume(self, done: int) -> None:
+        self._progress.reset(self._task, completed=done)  # type: ignore[arg-type]
+
     def line(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False)
 
 
 class _Lines:
-    def __init__(self, title: str, total: int, done: int) -> None:
-        self._title, self._total, self._done = title, total, done
-        self._start = self._last = time.monotonic()
-        self._first = done
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total = title, total
+        self.resume(0)
 
     def advance(self, count: int, note: str = "") -> None:
         self._done += count
@@ -49,20 +54,24 @@ class _Lines:
         left = (self._total - self._done) / rate if rate else 0.0
         self.line(f"{self._title} {self._done}/{self._total}, about {left:.0f} s left {note}".rstrip())
 
+    def resume(self, done: int) -> None:
+        self._first = self._done = done
+        self._start = self._last = time.monotonic()
+
     def line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def reporter(title: str, total: int, done: int = 0) -> Iterator[Reporter]:
-    """Show progress of a job of `total` units, `done` of them before it starts.
+def reporter(title: str, total: int) -> Iterator[Reporter]:
+    """Show progress of a job of `total` units.
 
     Yields:
         A reporter: a bar that vanishes at the end if standard error is a terminal, else a line every ten seconds.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(title, total, done)
+        yield _Lines(title, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -72,13 +81,16 @@ def reporter(title: str, total: int, done: int = 0) -> Iterator[Reporter]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
+        yield _Bar(progress, progress.add_task(title, total=total, note=""))
 
 
 class Silent:
     """A reporter for tests and library calls that should print nothing."""
 
     def advance(self, count: int, note: str = "") -> None:
+        """Do nothing."""
+
+    def resume(self, done: int) -> None:
         """Do nothing."""
 
     def line(self, text: str) -> None:

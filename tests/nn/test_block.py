@@ -116,7 +116,7 @@ def test_gradcheck_of_a_materialised_block():
 
 
 def test_gradient_at_the_kink_is_an_element_of_the_subdifferential():
-    """All tokens zero: `|v|` at 0 takes the slope +1, so the gradient is that of the unfolded block."""
+    """All tokens zero: `|v|` at 0 takes the slope +1, and the gradient is that without folding."""
     block = ShiftBlock(4, (2, 2), group=1, folded=4)
     tokens = torch.zeros(1, 2, 2, 4, requires_grad=True)
     block(tokens).sum().backward()
@@ -216,7 +216,9 @@ def test_orthogonal_parameters_are_declared_on_the_class():
 
 
 def test_bad_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"`group` must be between 0 and a quarter of the 8 channels, got 3\."):
+    with pytest.raises(
+        ValueError, match=r"`group` must be between 0 and a quarter of the 8 channels, got 3\."
+    ):
         ShiftBlock(8, (2, 2), group=3, folded=0)
     with pytest.raises(ValueError, match=r"`folded` must be between 0 and the 8 channels, got 9\."):
         ShiftBlock(8, (2, 2), group=1, folded=9)

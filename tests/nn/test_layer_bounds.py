@@ -1,4 +1,4 @@
-"""What every layer owes: a bound above its Jacobian anywhere, and a rounding bound above what float32 does."""
+"""What every layer owes: a bound above any Jacobian, and a rounding bound above what float32 does."""
 
 import math
 from collections.abc import Callable

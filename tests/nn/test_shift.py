@@ -1,7 +1,8 @@
 """The shift, and the theorem behind it: what other circular depthwise convolutions preserve norms?
 
-A circular convolution with kernel K is diagonal in the Fourier basis with the entries of K's transform, so it preserves
-norms if and only if `|K^(f)| = 1` at every frequency, that is if and only if the circular autocorrelation of K is a delta.
+A circular convolution with kernel K is diagonal in the Fourier basis with the entries of K's transform, so
+it preserves norms if and only if `|K^(f)| = 1` at every frequency, that is if and only if the circular
+autocorrelation of K is a delta.
 """
 
 import math
@@ -63,7 +64,9 @@ def test_all_the_rest_stays_in_place():
 
 
 def test_a_group_too_large_is_refused():
-    with pytest.raises(ValueError, match=r"`group` must be between 0 and a quarter of the 10 channels, got 3\."):
+    with pytest.raises(
+        ValueError, match=r"`group` must be between 0 and a quarter of the 10 channels, got 3\."
+    ):
         CircularShift(10, 3)
 
 
@@ -137,10 +140,11 @@ def test_a_signed_unit_preserves_norms_on_any_grid(drawn, sign):
 )
 @settings(max_examples=80, deadline=None)
 def test_unit_energy_with_two_entries_fails_on_a_grid_of_2k_minus_1(k, seed, extra, share):
-    """With a first entry a and a last entry b in reading order, the lag b - a has the autocorrelation `K_a K_b`.
+    """With a first entry a and a last entry b in reading order, the autocorrelation at lag b - a is `K_a K_b`.
 
-    No other pair of entries is that far apart, and no lag wraps round onto it where the grid has `2k - 1` pixels a side.
-    The defect is the largest of `| sum_lag r(lag) e^(..) |` over lags other than zero, so at least `|K_a K_b|`.
+    No other pair of entries is that far apart, and no lag wraps round onto it where the grid has `2k - 1`
+    pixels a side. The autocorrelation is a mean of `|K^|^2 - 1` with phases, so the defect is at least
+    `|K_a K_b|`.
     """
     g = torch.Generator().manual_seed(seed)
     kernel = torch.randn(k, k, generator=g) * (torch.rand(k, k, generator=g) < share)
