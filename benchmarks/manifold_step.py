@@ -71,7 +71,9 @@ def geotorch_step(size: int, count: int, gradients: Tensor) -> Callable[[], obje
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -81,7 +83,9 @@ def main() -> None:
     torch.manual_seed(0)
     points = haar(args.size, args.count, dtype=torch.float32)
     gradients = torch.randn_like(points) / args.size
-    small = skew(torch.randn_like(points)) * (0.04 / args.size * 2**0.5)  # ||A||_F about 0.04, the paper's usual step
+    small = skew(torch.randn_like(points)) * (
+        0.04 / args.size * 2**0.5
+    )  # ||A||_F about 0.04, the paper's usual step
     actions = {
         "adam": ours(OrthogonalAdam, points, gradients, lr=1e-4),
         "muon": ours(ManifoldMuon, points, gradients, lr=0.02),
@@ -93,7 +97,9 @@ def main() -> None:
     seconds = alternate(actions, args.repeats, warmup=1)
     # geotorch is slow enough to be timed on a few matrices and scaled.
     few = min(args.count, 4)
-    geotorch_seconds = alternate({"geotorch": geotorch_step(args.size, few, gradients[:few])}, args.repeats, warmup=1)
+    geotorch_seconds = alternate(
+        {"geotorch": geotorch_step(args.size, few, gradients[:few])}, args.repeats, warmup=1
+    )
     geotorch_median = statistics.median(geotorch_seconds["geotorch"]) * args.count / few
     report(
         {

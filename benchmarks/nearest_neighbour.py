@@ -37,7 +37,9 @@ def class_distances(train: Dataset, images: Tensor, chunk: int = 250) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment", help="whose data set is taken")
     parser.add_argument("--data")
     args = parser.parse_args()
@@ -55,7 +57,10 @@ def main() -> None:
         "system": "nearest neighbour",
         "n": len(radius),
         "clean": right.double().mean().item(),
-        "cra": {e: (right & (radius > int(e.split("/")[0]) / 255)).double().mean().item() for e in experiment.certify.eps},
+        "cra": {
+            e: (right & (radius > int(e.split("/")[0]) / 255)).double().mean().item()
+            for e in experiment.certify.eps
+        },
         "acr": (radius * right).mean().item(),
         "curve": {"radius": CURVE, "accuracy": shares},
         "command": "python benchmarks/nearest_neighbour.py "

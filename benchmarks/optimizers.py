@@ -20,7 +20,7 @@ from timing import environment
 RESULTS = Path(__file__).resolve().parent / "results"
 GRID = {"adam": (1e-3, 3e-3, 1e-2), "muon": (0.015, 0.03, 0.06)}
 TUNING_SEED, SEEDS = 100, (0, 1)
-COMMON = ("model.width=128", "model.depth=6", "train.threads=1", "train.evaluate_every=1")
+COMMON = ("model.width=128", "model.depth=6", "model.patch=4", "train.threads=1", "train.evaluate_every=1")
 
 
 def run(base: str, data: str, name: str, lr: float, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def run(base: str, data: str, name: str, lr: float, seed: int, epochs: int, fold
         command = [sys.executable, "-m", "lipnext", "train", base, "--data", data, "--out", str(out)]
         for option in options:
             command += ["--set", option]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
@@ -49,14 +49,22 @@ def run(base: str, data: str, name: str, lr: float, seed: int, epochs: int, fold
 def compare(base: str, data: str, epochs: int, folder: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """Tune both optimisers on validation, then report two seeds each at the rate that won."""
     tuning = [
-        pool.submit(run, base, data, name, lr, TUNING_SEED, epochs, folder) for name in GRID for lr in GRID[name]
+        pool.submit(run, base, data, name, lr, TUNING_SEED, epochs, folder)
+        for name in GRID
+        for lr in GRID[name]
     ]
     tried = [job.result() for job in tuning]
     best = {
-        name: max((t for t in tried if t["optimizer"] == name), key=lambda t: t["validation"][-1]["acr"])["lr"]
+        name: max((t for t in tried if t["optimizer"] == name), key=lambda t: t["validation"][-1]["acr"])[
+            "lr"
+        ]
         for name in GRID
     }
-    final = [pool.submit(run, base, data, name, best[name], seed, epochs, folder) for name in GRID for seed in SEEDS]
+    final = [
+        pool.submit(run, base, data, name, best[name], seed, epochs, folder)
+        for name in GRID
+        for seed in SEEDS
+    ]
     for t in tried:  # the tuning runs' test figures play no part and are not kept
         for key in ("clean", "cra", "acr"):
             del t[key]
@@ -64,7 +72,9 @@ def compare(base: str, data: str, epochs: int, folder: Path, pool: ThreadPoolExe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fashion", required=True)
     parser.add_argument("--cifar10", required=True)
     parser.add_argument("--epochs", type=int, default=3)

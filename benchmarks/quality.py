@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from timing import environment
+from torch import Tensor
 
 from lipnext import runs
 from lipnext.core.certificate import Certificate
 from lipnext.core.experiment import Experiment
-from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CURVE = [n * 3 / 255 for n in range(86)]  # 0 to 255/255
@@ -41,7 +41,9 @@ def curve(certificate: Certificate, labels: Tensor) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment")
     parser.add_argument("--data")
     parser.add_argument("--seed", type=int, default=0)
@@ -52,11 +54,17 @@ def main() -> None:
     name = f"{args.name or args.experiment.rpartition('/')[2]}-seed{args.seed}"
     experiment = runs.resolve(args.experiment, args.data, [f"seed={args.seed}", *args.overrides])
     result = quality(experiment, Path("runs") / name, args.notes)
-    shown = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]  # no machine's paths in the record
+    shown = [
+        Path(a).name if a.startswith("/") else a for a in sys.argv[1:]
+    ]  # no machine's paths in the record
     document = {**result, "command": "python benchmarks/quality.py " + shlex.join(shown), **environment()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(f"{name}: clean {result['clean']:.4f}", *(f"{k} {v:.4f}" for k, v in result["cra"].items()), f"ACR {result['acr']:.4f}")
+    print(
+        f"{name}: clean {result['clean']:.4f}",
+        *(f"{k} {v:.4f}" for k, v in result["cra"].items()),
+        f"ACR {result['acr']:.4f}",
+    )
 
 
 if __name__ == "__main__":

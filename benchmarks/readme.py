@@ -1,26 +1,30 @@
-"""Write the README's table and picture from the JSON files under benchmarks/results.
+"""Write the tables of README.md and docs/findings.md and the picture from the JSON files under benchmarks/results.
 
     python benchmarks/readme.py            # writes
-    python benchmarks/readme.py --check    # exit 1 if the README says something else
+    python benchmarks/readme.py --check    # exit 1 if a page says something else
+
+A table stands between `<!-- table NAME -->` and `<!-- /table -->`.
 """
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Callable
 from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- /results -->"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
 ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust")
 BASELINES = ("digits", "fashion-mnist-cpu", "cifar10-cpu")
 EPS = ("36/255", "72/255", "108/255")
 
 
-def table() -> str:
-    """The Markdown table, numbers rounded down."""
+def results_table() -> str:
+    """Every preset that was trained here, numbers rounded down, and the nearest-neighbour certificate below."""
     head = "| model | seeds | minutes, 2 cores | clean | " + " | ".join(f"CRA {e}" for e in EPS) + " | ACR |"
     lines = [head, "|" + "---|" * 8]
     for name in ROWS:
@@ -36,7 +40,11 @@ def table() -> str:
 
 
 def row(name: str, seeds: str, minutes: str, runs: list[dict[str, Any]]) -> str:
-    means = [mean(runs, "clean"), *(sum(r["cra"][e] for r in runs) / len(runs) for e in EPS), mean(runs, "acr")]
+    means = [
+        mean(runs, "clean"),
+        *(sum(r["cra"][e] for r in runs) / len(runs) for e in EPS),
+        mean(runs, "acr"),
+    ]
     return " | ".join([f"| {name}", seeds, minutes, *(floor(m) for m in means)]) + " |"
 
 
@@ -52,11 +60,87 @@ def load(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
 
 
-def rendered() -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{table()}\n\n{END}{after}"
+def optimizers_table() -> str:
+    """Adam against Muon: the rate chosen on validation, then test figures of each seed."""
+    lines = ["| data | optimiser | rate | seed | clean | CRA 36/255 | CRA 108/255 | ACR |", "|" + "---|" * 8]
+    for document in load("optimizers.json"):
+        for data in ("fashion-mnist", "cifar10"):
+            for r in document[data]["final"]:
+                figures = (r["clean"], r["cra"]["36/255"], r["cra"]["108/255"], r["acr"])
+                cells = [data, r["optimizer"], f"{r['lr']:g}", str(r["seed"]), *(floor(f) for f in figures)]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tuning_table() -> str:
+    """What the choice of rates rested on: the estimate on validation after the last epoch, one seed."""
+    lines = ["| data | optimiser | rate | clean | CRA 36/255 | ACR |", "|" + "---|" * 6]
+    for document in load("optimizers.json"):
+        for data in ("fashion-mnist", "cifar10"):
+            for r in document[data]["tuning"]:
+                v = r["validation"][-1]
+                cells = [
+                    data,
+                    r["optimizer"],
+                    f"{r['lr']:g}",
+                    *(floor(f) for f in (v["clean"], v["cra"]["36/255"], v["acr"])),
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """Training step and manifold step, as ratios."""
+    lines = ["| what | ratio |", "|---|---|"]
+    for r in load("step-*.json"):
+        name = f"{r['what']}, {r['dtype']}, {r['optimizer']}"
+        lines += [
+            f"| {name}: over its own bare matrix products | {r['ratio_to_gemm']:.2f} |",
+            f"| {name}: over the token products alone | {r['ratio_to_token_gemm']:.2f} |",
+            f"| {name}: over nn.Linear with AdamW | {r['ratio_to_adamw']:.2f} |",
+        ]
+    for r in load("manifold-step.json"):
+        for key, name in (
+            ("speedup_vs_geoopt", "our Adam over geoopt's RiemannianAdam"),
+            ("speedup_vs_matrix_exp", "our Adam over the same with torch.matrix_exp"),
+            ("speedup_vs_geotorch", "our Adam over geotorch's SO(n) with Adam"),
+            ("muon_speedup_vs_geoopt", "Manifold Muon over geoopt's RiemannianAdam"),
+            ("muon_speedup_vs_matrix_exp", "Manifold Muon over exact Adam"),
+            ("fast_exp_speedup", "fast_exp over torch.matrix_exp, small steps"),
+        ):
+            lines.append(f"| {r['what']}: {name} | {r[key]:.1f}x faster |")
+    return "\n".join(lines)
+
+
+def drift_table() -> str:
+    """Orthogonality in float32 after 1,000 steps."""
+    lines = ["| optimiser | rate | without retraction | after one |", "|---|---|---|---|"]
+    for r in load("manifold-step.json"):
+        drift = r["orthogonality"]
+        for name in ("adam", "muon"):
+            d, size = drift[name], drift["size"]
+            residuals = f"{d['without']:.1e} | {d['after_retraction']:.1e}"
+            lines.append(f"| {name}, {size} x {size} | {d['lr']:g} | {residuals} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "results": results_table,
+    "optimizers": optimizers_table,
+    "tuning": tuning_table,
+    "speed": speed_table,
+    "drift": drift_table,
+}
+
+
+def rendered(page: Path) -> str:
+    """The page with every table written anew."""
+    return re.sub(
+        r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)",
+        lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}",
+        page.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
 
 
 def draw(path: Path) -> None:
@@ -73,11 +157,23 @@ def draw(path: Path) -> None:
             axes.plot(*points(result), color=colours[name], label=name)
     for name in BASELINES:
         for result in load(f"nearest-neighbour-{name}.json"):
-            axes.plot(*points(result), "--", color=colours[name], alpha=0.6, label=f"nearest neighbour, {name}")
+            axes.plot(
+                *points(result), "--", color=colours[name], alpha=0.6, label=f"nearest neighbour, {name}"
+            )
     for n in (36, 72, 108):
         axes.axvline(n / 255, color="0.8", linewidth=0.8, zorder=0)
-        axes.text(n / 255, 1.01, f"{n}/255", ha="center", fontsize=8, color="0.4", transform=axes.get_xaxis_transform())
-    axes.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="certified accuracy, test part", xlim=(0, 1), ylim=(0, 1))
+        axes.text(
+            n / 255,
+            1.01,
+            f"{n}/255",
+            ha="center",
+            fontsize=8,
+            color="0.4",
+            transform=axes.get_xaxis_transform(),
+        )
+    axes.set(
+        xlabel="l2 radius, pixels in [0, 1]", ylabel="certified accuracy, test part", xlim=(0, 1), ylim=(0, 1)
+    )
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
@@ -88,13 +184,16 @@ def points(result: dict[str, Any]) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = rendered()
+    stale = [page for page in PAGES if rendered(page) != page.read_text(encoding="utf-8")]
     if args.check:
-        sys.exit(0 if text == (ROOT / "README.md").read_text(encoding="utf-8") else 1)
-    (ROOT / "README.md").write_text(text, encoding="utf-8")
+        sys.exit(1 if stale else 0)
+    for page in stale:
+        page.write_text(rendered(page), encoding="utf-8")
     draw(ROOT / "docs" / "certified-accuracy.png")
 
 

@@ -33,7 +33,9 @@ def lipnext_step(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Ca
     orthogonal, euclidean = split_parameters(network)
     params = list(orthogonal.values())
     manifold: OrthogonalOptimizer = (
-        ManifoldMuon(params, lr=0.02, sign_dtype=torch.bfloat16 if args.bf16 else None) if args.optimizer == "muon" else OrthogonalAdam(params, lr=1e-3)
+        ManifoldMuon(params, lr=0.02, sign_dtype=torch.bfloat16 if args.bf16 else None)
+        if args.optimizer == "muon"
+        else OrthogonalAdam(params, lr=1e-3)
     )
     rest = torch.optim.NAdam(euclidean.values(), lr=1e-3)
 
@@ -92,7 +94,11 @@ def products(args: argparse.Namespace, positions: int, manifold: bool) -> Callab
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     tokens, width = args.batch * positions, args.width
     x = torch.randn(tokens, width, dtype=dtype)
-    y, w, g = torch.empty_like(x), torch.randn(width, width, dtype=dtype), torch.empty(width, width, dtype=dtype)
+    y, w, g = (
+        torch.empty_like(x),
+        torch.randn(width, width, dtype=dtype),
+        torch.empty(width, width, dtype=dtype),
+    )
     stack = torch.randn(2 * args.depth, width, width)
     out = torch.empty_like(stack)
     half, half_out = stack.to(dtype), out.to(dtype)  # the sign iteration runs in the compute dtype
@@ -125,7 +131,9 @@ def peak_memory_mib() -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--side", type=int, default=32, help="pixels; tokens are (side / 4)^2")

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 
-def alternate(actions: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+def alternate(
+    actions: dict[str, Callable[[], object]], repeats: int, warmup: int = 2
+) -> dict[str, list[float]]:
     """Run all actions in turn, `repeats` times after `warmup` rounds; return seconds by name."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for round_ in range(warmup + repeats):
@@ -34,7 +36,9 @@ def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
 def environment() -> dict[str, Any]:
     """What the numbers depend on."""
     root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),

@@ -66,11 +66,11 @@ def systems(as_json: Json = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    for row in rows:
-        print(f"{row['system']}  ({row['norm']}, {row['reference']})\n  {row['summary']}")
-        for title in row["experiments"]:
-            doc = inspect.getdoc(records[row["system"]].experiments[title]) or ""
-            print(f"    {row['system']}/{title}: {doc.splitlines()[0]}")
+    for row, (name, record) in zip(rows, records.items(), strict=True):
+        print(f"{name}  ({row['norm']}, {record.reference})\n  {record.summary}")
+        for title, make in record.experiments.items():
+            first = (inspect.getdoc(make) or "").partition("\n")[0]
+            print(f"    {name}/{title}: {first}")
 
 
 @app.command()
@@ -156,7 +156,9 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _print_summary(result: dict[str, Any], title: str) -> None:
-    table = Table("clean", *(f"CRA {name}" for name in result["cra"]), "ACR", title=title, title_justify="left")
+    table = Table(
+        "clean", *(f"CRA {name}" for name in result["cra"]), "ACR", title=title, title_justify="left"
+    )
     shares = [result["clean"], *result["cra"].values(), result["acr"]]
     table.add_row(*(round_down(share, 4) for share in shares))
     console = Console()
@@ -185,7 +187,7 @@ def main() -> None:
         print("lipnext: interrupted", file=sys.stderr)
         sys.exit(130)
     except SystemExit as stop:
-        # typer turns Ctrl-C into this code without a word; a training that saved has a class and a line of its own
+        # typer turns Ctrl-C into this code without a word; a training that saved has told so itself
         if type(stop) is SystemExit and stop.code == 130:
             print("lipnext: interrupted", file=sys.stderr)
         raise

@@ -1,4 +1,4 @@
-"""Does everything work on this machine? A tiny model goes the whole way: train, certify, attack, save, reload."""
+"""Does all work on this machine? A tiny model goes the whole way: train, certify, attack, save, reload."""
 
 import tempfile
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from lipnext.auditing.attack import minimal_norm, violations
 from lipnext.auditing.lipschitz import estimate_lipschitz
 from lipnext.core.certificate import Certificate
 from lipnext.core.classifier import Classifier
+from lipnext.core.eps import round_down, round_up
 from lipnext.core.errors import LipnextError
 from lipnext.core.experiment import Experiment, LossSpec, OptimSpec, TrainSpec
 from lipnext.core.guard import check_certifiable
@@ -32,7 +33,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Run all checks, about ten seconds; a check that raises is a failed check, and those after it still run if they can."""
+    """Run all checks, about ten seconds; one that raises has failed; the others still run if they can."""
     checks = [_check("environment", _environment)]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -60,7 +61,8 @@ def _check(name: str, action: Callable[[], tuple[bool, str]]) -> Check:
 
 def _environment() -> tuple[bool, str]:
     check_certifiable(torch.nn.Linear(1, 1).eval())
-    return True, f"torch {torch.__version__}, {torch.get_num_threads()} threads, float64 products exact where they must be"
+    threads = torch.get_num_threads()
+    return True, f"torch {torch.__version__}, {threads} threads, float64 products exact where they must be"
 
 
 def _train(folder: Path) -> tuple[bool, str]:
@@ -72,12 +74,14 @@ def _train(folder: Path) -> tuple[bool, str]:
         loss=LossSpec(temperature=0.25, ramp_to=1.0),
     )
     result = runs.train(experiment, folder)
-    return result["clean"] > 0.3, f"3 epochs on the digits: {result['clean']:.3f} of the test part right (chance 0.1)"
+    clean = result["clean"]
+    return clean > 0.3, f"3 epochs on the digits: {round_down(clean, 3)} of the test part right (chance 0.1)"
 
 
 def _certify(certificate: Certificate) -> tuple[bool, str]:
     positive = int((certificate.radius > 0).sum())
-    return positive > 0, f"{positive} of {IMAGES} radii positive, largest {certificate.radius.max().item():.3f}"
+    largest = round_down(certificate.radius.max().item(), 3)
+    return positive > 0, f"{positive} of {IMAGES} radii positive, largest {largest}"
 
 
 def _attack(model: Classifier, images: torch.Tensor, certificate: Certificate) -> tuple[bool, str]:
@@ -85,14 +89,16 @@ def _attack(model: Classifier, images: torch.Tensor, certificate: Certificate) -
     result = minimal_norm(network, images.double(), certificate.label)
     inside = violations(certificate, result)
     closest = (result.distance / certificate.radius.clamp_min(1e-12)).min().item()
-    return len(inside) == 0, f"{len(inside)} successes inside a radius; the closest attack needed {closest:.2f} radii"
+    detail = f"{len(inside)} successes inside a radius; the closest attack needed {closest:.2f} radii"
+    return len(inside) == 0, detail
 
 
 def _bound(model: Classifier, images: torch.Tensor, certificate: Certificate) -> tuple[bool, str]:
     assert certificate.lipschitz is not None
     estimate = estimate_lipschitz(_executed(model).features, images.double())
     proved = certificate.lipschitz.value
-    return estimate.value <= proved, f"steepest pair found {estimate.value:.6f}, proved bound {proved:.9f}"
+    detail = f"steepest pair found {estimate.value:.6f}, proved bound {round_up(proved, 9)}"
+    return estimate.value <= proved, detail
 
 
 def _reload(folder: Path, images: torch.Tensor, certificate: Certificate) -> tuple[bool, str]:

@@ -1,7 +1,7 @@
 """Losses: pure functions of logits, labels and head distances. A loss is never a certificate.
 
 Shapes: `logits (B, K)`, `labels (B,)` int64, `distances (K, K)` with `||w_i - w_j||` times the Lipschitz bound of the body.
-All return a scalar, the mean over the batch.
+`cross_entropy` returns a scalar, the mean over the batch; `emma` shifted logits for it.
 """
 
 import torch

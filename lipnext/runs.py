@@ -27,9 +27,7 @@ from lipnext.training.progress import reporter
 EXPERIMENT, RESULT = "experiment.yaml", "result.json"
 
 
-def resolve(
-    what: str | Experiment, data: str | None = None, overrides: Sequence[str] = ()
-) -> Experiment:
+def resolve(what: str | Experiment, data: str | None = None, overrides: Sequence[str] = ()) -> Experiment:
     """Find an experiment by name or YAML file and apply the data folder and overrides.
 
     Args:
@@ -150,19 +148,26 @@ def certify_run(
             f"the model knows {len(model.classes)} classes, the data set has {len(test.classes)}; "
             "certify on data with the classes it was trained on"
         )
+    # Sources without names number their classes; names, where both have them, must agree in order.
+    numbers = tuple(str(k) for k in range(len(test.classes)))
+    if test.classes != model.classes and numbers not in (test.classes, model.classes):
+        raise ConfigError(
+            f"the model's classes are {', '.join(model.classes[:5])}..., those of the data set "
+            f"{', '.join(test.classes[:5])}...; certify on data with the same classes in the same order"
+        )
     with reporter("certifying", len(test)) as progress:
         certificate = model.certify(test.float_images(), experiment.certify.batch_size, progress.advance)
     return certificate, test.labels
 
 
 def _check_free(folder: Path, experiment: Experiment) -> bool:
-    """Return whether the run folder is new, False for a run to go on with; refuse one finished or another's."""
+    """Return True for a new run folder, False for a run to go on with; refuse a finished or foreign one."""
     written = folder / EXPERIMENT
     if written.is_file():
         if Experiment.from_yaml(written).digest() != experiment.digest():
             raise BundleError(
-                f"{folder} holds a run of another experiment; choose another --out, or continue that one with "
-                f"lipnext train {written} --out {folder}"
+                f"{folder} holds a run of another experiment; choose another --out, or continue that one "
+                f"with lipnext train {written} --out {folder}"
             )
         if (folder / CERTIFICATE).is_file() and (folder / RESULT).is_file():
             raise BundleError(
@@ -184,7 +189,9 @@ def _claim(folder: Path, experiment: Experiment) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         experiment.to_yaml(written)
     except OSError as error:
-        raise TrainingError(f"cannot write {written}: {error.strerror or error}; choose another --out") from error
+        raise TrainingError(
+            f"cannot write {written}: {error.strerror or error}; choose another --out"
+        ) from error
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

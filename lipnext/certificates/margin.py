@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipnext.core.bound import PROOFS, LipschitzBound
 from lipnext.core.certificate import Certificate
 from lipnext.core.errors import UnsoundError
 from lipnext.core.files import sha256_tensors
 from lipnext.core.guard import check_images
-from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up, sqrt_up
-from lipnext.core.network import LipschitzNetwork
+from lipnext.core.network import LinearHead, LipschitzNetwork
 from lipnext.core.propagation import norm_up
+from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up, sqrt_up
 
 _U = UNIT_ROUNDOFF[torch.float64]
 
@@ -61,11 +61,16 @@ class MarginCertifier:
         UnsoundError: if a layer is unknown, a weight is not finite, or a bound cannot be proved.
     """
 
-    def __init__(self, network: LipschitzNetwork) -> None:
+    def __init__(self, network: nn.Module) -> None:
         if not isinstance(network, LipschitzNetwork):
             raise UnsoundError(
                 f"the margin certificate needs a LipschitzNetwork, got a {type(network).__name__}; "
                 "build it from layers of lipnext.nn"
+            )
+        if not isinstance(network.head, LinearHead):
+            raise UnsoundError(
+                f"the margin certificate needs a LinearHead, got a {type(network.head).__name__}; use "
+                "lipnext.nn.head.UnitRowHead"
             )
         frozen = network.materialise()
         self.model_sha256 = sha256_tensors(frozen.state_dict())
@@ -82,7 +87,9 @@ class MarginCertifier:
             DataError: if the images are not of that form: the error bounds hold for images in [0, 1] alone.
         """
         check_images(images, self.network.input_shape)
-        logits = self.network(images.double())
+        # Layers may follow an autocast block around this call; the error bounds speak of float64.
+        with torch.autocast(images.device.type, enabled=False):
+            logits = self.network(images.double())
         labels = logits.argmax(dim=1)
         margin = logits.gather(1, labels[:, None]) - logits
         error = self.evidence.margin_error.to(logits.device)[labels]

@@ -131,7 +131,6 @@ class TrainSpec(_Section):
     """Checkpoints that stay on the disk."""
     ema: Decay = 0.0
     """Decay of the averaged weights; 0 switches averaging off."""
-    compile: bool = False
     threads: AtLeastOne | None = None
     device: str = "cpu"
 

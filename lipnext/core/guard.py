@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 
 from lipnext.core.errors import DataError, UnsoundError
 
@@ -29,6 +31,7 @@ def check_certifiable(module: nn.Module) -> None:
             message says which and what to do.
     """
     _check_eval(module)
+    _check_forward(module)
     _check_weights(module)
     tensors = [tensor for _, tensor in _floating_tensors(module)]
     devices = {tensor.device for tensor in tensors} | {torch.device("cpu")}
@@ -114,6 +117,29 @@ def _check_eval(module: nn.Module) -> None:
             )
 
 
+def _check_forward(module: nn.Module) -> None:
+    """What runs must be what the class says: no hooks, no replaced `forward`, no parametrisation."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        raise UnsoundError(
+            "cannot certify with global forward hooks, which may change any output; remove them"
+        )
+    for name, part in module.named_modules():
+        where = name or type(part).__name__
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise UnsoundError(
+                f"cannot certify {where}: it has forward hooks, which may change its output; remove them"
+            )
+        if "forward" in vars(part):
+            raise UnsoundError(
+                f"cannot certify {where}: its forward has been replaced; use a class of its own"
+            )
+        if parametrize.is_parametrized(part):
+            raise UnsoundError(
+                f"cannot certify {where}: its weights are parametrised; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+
+
 def _floating_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for named in (module.named_parameters(), module.named_buffers()):
         yield from ((name, t) for name, t in named if t.is_floating_point() or t.is_complex())
@@ -131,6 +157,11 @@ def _check_weights(module: nn.Module) -> None:
 
 
 def _check_precision_settings(on_cuda: bool) -> None:
+    """Refuse autocast and every setting that lets products keep fewer bits than their type; cheap.
+
+    Raises:
+        UnsoundError: naming the setting and what to do.
+    """
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             raise UnsoundError(f"cannot certify under autocast ({device}); leave the torch.autocast block")

@@ -4,7 +4,10 @@ from pathlib import Path
 
 from lipnext.core.errors import DataError
 
-FORMS = "parquet files, IDX files (*-ubyte[.gz]), CIFAR binary archives (*.bin) or one folder of pictures per class"
+FORMS = (
+    "parquet files, IDX files (*-ubyte[.gz]), CIFAR binary archives (*.bin) "
+    "or one folder of pictures per class"
+)
 
 
 def detect(path: Path) -> str:

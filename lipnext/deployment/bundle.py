@@ -1,9 +1,9 @@
 """The bundle: `model.safetensors`, `config.json` and `certificate.json` in one folder.
 
-The weights are those that are certified and executed: matrices re-orthogonalised in float64, products and unit
-rows formed there, each rounded once to float32. `certificate.json` holds every bound with its proof, the hashes of
-the other two files and one of itself; loading compares the hashes, and certifying proves the bounds again from the
-weights.
+The weights are those that are certified and executed: matrices re-orthogonalised in float64, products and
+unit rows formed there, each rounded once to float32. `certificate.json` holds every bound with its proof, the
+hashes of the other two files and one of itself; loading compares the hashes, and certifying proves the bounds
+again from the weights.
 """
 
 import copy
@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from lipnext._version import __version__
 from lipnext.core.bound import norm_label
@@ -65,7 +66,8 @@ def save_bundle(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / WEIGHTS, "wb") as file:
-            file.write(save(weights, metadata={"format": "pt", "system": experiment.system}))
+            # one entry: safetensors writes several in random order, and equal runs should give equal bytes
+            file.write(save(weights, metadata={"format": "pt"}))
         _write_json(folder / CONFIG, config)
         certificate = {
             "format": FORMAT,
@@ -82,8 +84,8 @@ def save_bundle(
         _write_json(folder / CERTIFICATE, certificate)
     except OSError as error:
         raise TrainingError(
-            f"cannot write the bundle to {folder}: {error.strerror or error}; free some space and run the same "
-            "command again, it goes on from the last checkpoint"
+            f"cannot write the bundle to {folder}: {error.strerror or error}; free some space and run the "
+            "same command again, it goes on from the last checkpoint"
         ) from error
     return certificate
 
@@ -95,7 +97,9 @@ def load_bundle(folder: Path) -> Classifier:
         BundleError: if a file is missing, damaged, changed, or written by a newer version.
     """
     if not folder.is_dir():
-        raise BundleError(f"{folder} is no folder; give a run folder with {WEIGHTS}, {CONFIG} and {CERTIFICATE}")
+        raise BundleError(
+            f"{folder} is no folder; give a run folder with {WEIGHTS}, {CONFIG} and {CERTIFICATE}"
+        )
     for name in (WEIGHTS, CONFIG, CERTIFICATE):
         if not (folder / name).is_file():
             raise BundleError(
@@ -116,17 +120,15 @@ def load_bundle(folder: Path) -> Classifier:
     for name, key in ((CONFIG, "config_sha256"), (WEIGHTS, "weights_file_sha256")):
         if sha256_file(folder / name) != certificate.get(key):
             raise BundleError(
-                f"{folder / name} is not the file that was certified (its sha256 differs from {CERTIFICATE}); "
-                "copy the bundle again"
+                f"{folder / name} is not the file that was certified (its sha256 differs from "
+                f"{CERTIFICATE}); copy the bundle again"
             )
     try:
-        network, experiment = _rebuild(config)
+        model = _rebuild(config)
     except (LipnextError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{folder / CONFIG} cannot be used: {error}") from error
-    _load_weights(network, folder / WEIGHTS, certificate.get("model_sha256"))
-    shape = cast(tuple[int, int, int], tuple(config["input_shape"]))
-    system = get(experiment.system)
-    return Classifier(network, system.certify, shape, tuple(config["classes"]), experiment.system).eval()
+    _load_weights(model.net, folder / WEIGHTS, certificate.get("model_sha256"))
+    return model.eval()
 
 
 def load_experiment(folder: Path) -> Experiment:
@@ -143,20 +145,24 @@ def load_experiment(folder: Path) -> Experiment:
         raise BundleError(f"{folder / CONFIG} cannot be used: {error}") from error
 
 
-def _rebuild(config: dict[str, Any]) -> tuple[LipschitzNetwork, Experiment]:
-    """The materialised network that the config describes, with untrained weights."""
+def _rebuild(config: dict[str, Any]) -> Classifier:
+    """The classifier that the config describes: materialised, in float32, with untrained weights."""
     experiment = Experiment.model_validate(config["experiment"])
     shape = cast(tuple[int, int, int], tuple(int(n) for n in config["input_shape"]))
-    return build_network(experiment, shape, len(config["classes"])).materialise().float(), experiment
+    classes = tuple(config["classes"])
+    network = build_network(experiment, shape, len(classes)).materialise().float()
+    return Classifier(network, get(experiment.system).certify, shape, classes, experiment.system)
 
 
-def _load_weights(network: LipschitzNetwork, path: Path, sha256: object) -> None:
-    """Read the tensors, refusing missing, superfluous, misshapen or other ones and all that is not float32."""
+def _load_weights(network: nn.Module, path: Path, sha256: object) -> None:
+    """Read the tensors; refuse missing, superfluous, misshapen or changed ones and all but float32."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} is damaged or no safetensors file ({error}); copy the bundle again") from error
+        raise BundleError(
+            f"{path} is damaged or no safetensors file ({error}); copy the bundle again"
+        ) from error
     expected = network.state_dict()
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or extra:

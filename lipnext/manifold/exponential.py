@@ -35,8 +35,8 @@ def fast_exp(direction: Tensor) -> Tensor:
 
     Each matrix of the batch takes the Taylor order that its own Frobenius norm allows (`THRESHOLDS`), so a batch gives the
     same result as its matrices one by one. At the thresholds the error in Frobenius norm is at most
-    `0.05^3/6 = 2.1e-5`, `0.25^4/24 = 1.7e-4` and `1/120 = 8.4e-3`; orthogonality is lost more slowly than that (see `taylor_exp`),
-    and the retraction at the end of an epoch takes it back.
+    `0.05^3/6 = 2.1e-5`, `0.25^4/24 = 1.7e-4` and `1/120 = 8.4e-3`; orthogonality is lost more slowly than that
+    (see `taylor_exp`), and the retraction at the end of an epoch takes it back.
 
     Args:
         direction: skew matrices, shape `(..., n, n)`, float32 or float64.

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def haar(n: int, *batch: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def haar(
+    n: int, *batch: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Sample orthogonal `n x n` matrices from the Haar measure, shape `(*batch, n, n)`.
 
     QR of a Gaussian matrix with the signs of R's diagonal moved into Q (Mezzadri 2007): without the

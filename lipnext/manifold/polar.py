@@ -17,7 +17,7 @@ def residual(matrix: Tensor) -> Tensor:
 
 
 def retract(matrix: Tensor, max_steps: int = 30) -> Tensor:
-    """Return the polar factor `U V^T` of nearly orthogonal matrices by Newton-Schulz in float64, rounded once to the input dtype.
+    """Return the polar factor `U V^T` of nearly orthogonal matrices: Newton-Schulz in float64, rounded once.
 
     The step `X <- X (3 I - X^T X) / 2` sends a singular value `s` to `s (3 - s^2) / 2`, so with `E = I - X^T X`
     the new residual is `3/4 E^2 + 1/4 E^3`: from `||E||_2 <= 1/2` it falls below `2.5e-1, 5.1e-2, 2.0e-3, 2.9e-6,

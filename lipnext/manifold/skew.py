@@ -45,7 +45,7 @@ def skew_sign(direction: Tensor, steps: int = 6, dtype: torch.dtype | None = Non
     # The largest entry goes first: the squares of float32 gradients below 1e-23 would vanish from the norm.
     tiny = torch.finfo(direction.dtype).tiny
     j = direction / direction.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
-    j = j / torch.linalg.matrix_norm(j, keepdim=True).clamp_min(tiny)
+    j = (j / torch.linalg.matrix_norm(j, keepdim=True).clamp_min(tiny)).to(dtype or direction.dtype)
     for step in range(steps):
         a, b, c = (3.4445, -4.7750, 2.0315) if step < steps - 2 else (1.875, -1.25, 0.375)
         gram = -(j @ j)  # J^T J for a skew J; symmetric

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lipnext.core.bound import Estimate, LipschitzBound
 from lipnext.core.errors import UnsoundError
-from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, gamma, mul_up, sqrt_up, up
+from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, gamma, mul_up, sqrt_up
 
 _U = UNIT_ROUNDOFF[torch.float64]
 _TINY = 1e-290  # covers every underflow in a product of matrices scaled to a Frobenius norm near 1
@@ -72,8 +72,8 @@ def spectral_bound(weight: Tensor, squarings: int = 7) -> LipschitzBound:
 def absolute_norm_bound(weight: Tensor, steps: int = 4) -> float:
     """Bound `|| |W| ||_2`, the norm of the matrix of absolute values, by Collatz-Wielandt.
 
-    For the non-negative matrix `A = |W|^T |W|` and any positive vector `v`, `||A||_2 <= max_i (A v)_i / v_i`; power iteration on
-    `v` therefore gives an upper bound at every step. It measures how rounding errors of `W x` can add up.
+    For the non-negative matrix `A = |W|^T |W|` and any positive vector `v`, `||A||_2 <= max_i (A v)_i / v_i`; power
+    iteration on `v` therefore gives an upper bound at every step. It measures how rounding errors of `W x` can add up.
 
     Args:
         weight: shape `(m, n)`, any floating dtype; taken as exact.
@@ -93,7 +93,9 @@ def absolute_norm_bound(weight: Tensor, steps: int = 4) -> float:
         v = (image / peak).clamp_min(1e-6)  # stays positive whatever the zeros of A
     ratio = (a.mT @ (a @ v) / v).max().item()
     if not math.isfinite(ratio):
-        raise UnsoundError("the entries of a weight matrix are so large that their squares overflow; rescale it")
+        raise UnsoundError(
+            "the entries of a weight matrix are so large that their squares overflow; rescale it"
+        )
     ratio = mul_up(ratio, add_up(1.0, gamma(m + n + 4, _U)))
     return sqrt_up(add_up(ratio, _TINY))
 
@@ -115,7 +117,9 @@ def _as_exact(weight: Tensor) -> Tensor:
     if weight.dim() != 2:
         raise ValueError(f"`weight` must be a matrix, got shape {tuple(weight.shape)}.")
     if not bool(torch.isfinite(weight).all()):
-        raise UnsoundError("a weight matrix holds NaN or infinity; nothing can be proved about it, train again or reload")
+        raise UnsoundError(
+            "a weight matrix holds NaN or infinity; nothing can be proved about it, train again or reload"
+        )
     w = weight.detach().double()
     return w if w.shape[0] >= w.shape[1] else w.mT
 

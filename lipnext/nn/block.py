@@ -51,7 +51,9 @@ class ShiftBlock(LipschitzModule):
     ) -> None:
         super().__init__()
         if not 0 <= 4 * group <= channels:
-            raise ValueError(f"`group` must be between 0 and a quarter of the {channels} channels, got {group}.")
+            raise ValueError(
+                f"`group` must be between 0 and a quarter of the {channels} channels, got {group}."
+            )
         if not 0 <= folded <= channels:
             raise ValueError(f"`folded` must be between 0 and the {channels} channels, got {folded}.")
         self.channels, self.grid, self.group, self.folded = channels, grid, group, folded
@@ -132,7 +134,7 @@ class _ShiftBlockFunction(Function):
     """The fused forward and backward; all tensors share one dtype."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         tokens: Tensor,
         position: Tensor,
@@ -157,7 +159,7 @@ class _ShiftBlockFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, u, rotation, product, slope = ctx.saved_tensors
         shape = ctx.shape
         gv = grad.reshape(-1, shape[-1]).clone()

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.network import LinearHead
-from lipnext.core.rounding import RoundingState
 from lipnext.core.propagation import after_affine, norm_up
+from lipnext.core.rounding import RoundingState
 from lipnext.manifold.spectral import absolute_norm_bound, spectral_bound
 
 

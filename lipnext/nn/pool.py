@@ -6,8 +6,8 @@ from torch.nn import functional
 
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
-from lipnext.core.rounding import RoundingState
 from lipnext.core.propagation import after_pooling
+from lipnext.core.rounding import RoundingState
 
 
 class SpaceToDepth(LipschitzModule):

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
-from lipnext.core.rounding import RoundingState
 from lipnext.core.propagation import after_addition, norm_up
+from lipnext.core.rounding import RoundingState
 
 
 class Centre(LipschitzModule):

@@ -1,7 +1,8 @@
 """Circular spatial shift: the only circular depthwise convolution that preserves norms on a grid large enough.
 
 On a grid of at least `2k - 1` pixels a side, a circular convolution with one `k x k` kernel per channel is an
-isometry if and only if the kernel has a single entry, +1 or -1 (LipNeXt, theorem on spatial mixing). So spatial mixing needs no weight.
+isometry if and only if the kernel has a single entry, +1 or -1 (LipNeXt, theorem on spatial mixing). So spatial
+mixing needs no weight.
 """
 
 import torch
@@ -26,13 +27,18 @@ class CircularShift(LipschitzModule):
     def __init__(self, channels: int, group: int) -> None:
         super().__init__()
         if not 0 <= 4 * group <= channels:
-            raise ValueError(f"`group` must be between 0 and a quarter of the {channels} channels, got {group}.")
+            raise ValueError(
+                f"`group` must be between 0 and a quarter of the {channels} channels, got {group}."
+            )
         self.group = group
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the shifted tokens (out of place; the adjoint is the opposite shift)."""
         k = self.group
-        parts = [torch.roll(tokens[..., i * k : (i + 1) * k], step, dim) for i, (dim, step) in enumerate(DIRECTIONS)]
+        parts = [
+            torch.roll(tokens[..., i * k : (i + 1) * k], step, dim)
+            for i, (dim, step) in enumerate(DIRECTIONS)
+        ]
         return torch.cat([*parts, tokens[..., 4 * k :]], dim=-1)
 
     def lipschitz_bound(self) -> LipschitzBound:

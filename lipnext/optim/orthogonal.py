@@ -27,7 +27,9 @@ class OrthogonalOptimizer(Optimizer, ABC):
             move half way along the sum of the steps since, and the fast ones return to them; 0 is off).
     """
 
-    def __init__(self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], defaults: dict[str, Any]
+    ) -> None:
         super().__init__(params, defaults)
 
     @abstractmethod
@@ -62,10 +64,10 @@ class OrthogonalOptimizer(Optimizer, ABC):
         points = torch.stack(params)
         gradients = torch.stack([p.grad for p in params if p.grad is not None])
         step = self.tangent_step(tangent(points, gradients), states, group)
-        if group["lookahead"]:
-            moved = self._look_ahead(points, step, states, group)
-        else:
-            moved = points @ self.move(step, group)
+        looks_ahead = group["lookahead"] > 0
+        moved = (
+            self._look_ahead(points, step, states, group) if looks_ahead else points @ self.move(step, group)
+        )
         torch._foreach_copy_(params, list(moved.unbind(0)))
 
     def _look_ahead(

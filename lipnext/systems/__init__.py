@@ -1,4 +1,4 @@
-"""The systems: one file, one system, one record, found by the name of the file and imported when asked for."""
+"""The systems: one file, one system, one record, found by the name of its file, imported when asked for."""
 
 import importlib
 import inspect
@@ -60,7 +60,9 @@ def build_network(
     """
     build = get(experiment.system).build
     given = ("input_shape", "classes", "seed")
-    known = {name: p.annotation for name, p in inspect.signature(build).parameters.items() if name not in given}
+    known = {
+        name: p.annotation for name, p in inspect.signature(build).parameters.items() if name not in given
+    }
     for key, value in experiment.model.items():
         if key not in known:
             raise ConfigError(f"model.{key}: unknown key; {nearest(key, known)}")
@@ -74,7 +76,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _fits(value: bool | int | float | str, kind: object) -> bool:
-    """Whether a value may stand for an argument with that annotation; any other annotation is `build`'s business."""
+    """Whether a value may stand for an argument annotated so; any other annotation is `build`'s business."""
     if kind not in _KINDS:
         return True
     return type(value) is kind or (kind is float and type(value) is int)

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, atomic, and exact; no pickle anywhere.
 
-All randomness of a run is a function of (seed, epoch, batch), so a checkpoint needs no generator state: weights,
-optimiser states, averages and counters are the whole of it.
+All randomness of a run is a function of (seed, epoch, batch), so a checkpoint needs no generator state:
+weights, optimiser states, averages and counters are the whole of it.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], digest: str,
         keep: how many to keep, at least 1.
 
     Raises:
-        TrainingError: if the file cannot be written (disk full, no permission); older checkpoints stay as they were.
+        TrainingError: if the file cannot be written (disk full, no permission); older ones stay as they were.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _take_apart(state, "", tensors)

@@ -1,5 +1,6 @@
 """The log of a run: one JSON object a line, flushed as it happens; optionally mirrored to TensorBoard."""
 
+import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,8 @@ class RunLog:
 
     Args:
         path: the file; its folder must exist.
-        resume_step: keep only events up to this optimiser step, so that a resumed run reads as if it had never
-            stopped.
+        resume_step: keep only events up to this optimiser step, so that a resumed run reads as if it had
+            never stopped.
         tensorboard: folder for TensorBoard's files, or None; needs the extra `lipnext[log]`.
     """
 
@@ -50,7 +51,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -1,7 +1,7 @@
 """Training: one flat loop that reads top to bottom.
 
-The loop is given the training and validation parts and nothing else: there is no path by which the test set could
-influence a choice.
+The loop is given the training and validation parts and nothing else: there is no path by which the test
+set could influence a choice.
 """
 
 import math
@@ -80,7 +80,8 @@ def train(
         The final network (the retracted average if `train.ema` is on) and the counters.
 
     Raises:
-        TrainingError: if the loss is not finite, or a checkpoint cannot be written; the last good one is kept.
+        TrainingError: if the loss or a weight is not finite, or a checkpoint cannot be written; the last good
+            one is kept.
         Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is saved.
     """
     spec, reporter = experiment.train, reporter or Silent()
@@ -89,16 +90,18 @@ def train(
     device = resolve_device(spec.device)
     network.to(device, torch.float64 if spec.precision == "float64" else torch.float32)
 
-    # ---- what is trained, and how -----------------------------------------------------------------------------
+    # ---- what is trained, and how ------------------------------------------------------------------------
     orthogonal, euclidean = split_parameters(network)
     manifold = make_orthogonal_optimizer(list(orthogonal.values()), experiment)
-    rest = torch.optim.NAdam(euclidean.values(), lr=experiment.optim.euclidean_lr, betas=experiment.optim.betas)
+    rest = torch.optim.NAdam(
+        euclidean.values(), lr=experiment.optim.euclidean_lr, betas=experiment.optim.betas
+    )
     average = RetractedAverage(network, spec.ema) if spec.ema else None
     objective, augment = Objective(experiment.loss), Augment(experiment.augment)
     per_epoch = count_batches(len(training), spec.batch_size)
     total = spec.epochs * per_epoch
 
-    # ---- resume -----------------------------------------------------------------------------------------------
+    # ---- resume ------------------------------------------------------------------------------------------
     progress, digest = Progress(), experiment.digest()
     parts: dict[str, Any] = {"network": network, "manifold": manifold, "rest": rest, "average": average}
     saved = list_checkpoints(folder / "checkpoints")
@@ -111,7 +114,7 @@ def train(
         _check_weights(network, progress, folder)
         save_checkpoint(folder / "checkpoints", progress.step, _state(progress, parts), digest, spec.keep)
 
-    # ---- epochs -----------------------------------------------------------------------------------------------
+    # ---- epochs ------------------------------------------------------------------------------------------
     board = folder / "tensorboard" if tensorboard else None
     with RunLog(folder / "log.jsonl", progress.step, board) as log, StopRequest() as stop:
         while progress.epoch < spec.epochs:
@@ -155,7 +158,7 @@ def train(
                     reporter.line(_interrupted(progress))
                     raise Interrupted(stop.exit_code)
 
-            # ---- end of an epoch: retract, look at validation, save ------------------------------------------------
+            # ---- end of an epoch: retract, look at validation, save --------------------------------------
             _check_weights(network, progress, folder)
             progress.epoch += 1
             progress.batch = 0
@@ -200,9 +203,7 @@ def make_orthogonal_optimizer(params: list[nn.Parameter], experiment: Experiment
     if spec.name == "adam":
         return OrthogonalAdam(params, lr=spec.lr, betas=spec.betas, lookahead=spec.lookahead)
     half = torch.bfloat16 if experiment.train.precision == "bfloat16" else None
-    return ManifoldMuon(
-        params, lr=spec.lr, momentum=spec.momentum, sign_dtype=half, lookahead=spec.lookahead
-    )
+    return ManifoldMuon(params, lr=spec.lr, momentum=spec.momentum, sign_dtype=half, lookahead=spec.lookahead)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -221,7 +222,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(experiment: Experiment) -> Experiment:
-    """Replace `train.precision: auto` by what the device multiplies fastest: bfloat16 if native, else float32.
+    """Replace `train.precision: auto` by the faster on the device: bfloat16 where native, else float32.
 
     Raises:
         ConfigError: if the device cannot be used here.

@@ -1,4 +1,4 @@
-"""Progress on standard error: a rich bar on a terminal, plain lines elsewhere. Standard output stays clean for results."""
+"""Progress on standard error: a rich bar on a terminal, plain lines elsewhere; results go elsewhere."""
 
 import sys
 import time
@@ -42,7 +42,8 @@ class _Bar:
 class _Lines:
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total = title, total
-        self.resume(0)
+        self._done = self._first = 0
+        self._start = self._last = time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
         self._done += count
@@ -67,7 +68,7 @@ def reporter(title: str, total: int) -> Iterator[Reporter]:
     """Show progress of a job of `total` units.
 
     Yields:
-        A reporter: a bar that vanishes at the end if standard error is a terminal, else a line every ten seconds.
+        A reporter: a bar that vanishes at the end on a terminal, else a line every ten seconds.
     """
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -11,9 +11,9 @@ from lipnext.data.dataset import Dataset
 def estimate_validation(
     network: LipschitzNetwork, dataset: Dataset, eps: tuple[str, ...], batch_size: int
 ) -> dict[str, object]:
-    """Estimate clean accuracy, CRA and ACR in the network's own precision with the body's constant taken as 1.
+    """Estimate clean accuracy, CRA and ACR in the network's precision, the body's constant taken as 1.
 
-    No bound is proved and no rounding counted, hence the name; the certificate of the finished run is another path.
+    No bound is proved and no rounding counted, hence the name; the certificate is another path.
 
     Returns:
         `{"clean": float, "cra": {eps: float}, "acr": float}`.
@@ -31,6 +31,9 @@ def estimate_validation(
     radius = torch.cat(radii).double()
     return {
         "clean": (radius > 0).double().mean().item(),
-        "cra": {name: (radius > float(value)).double().mean().item() for name, value in parse_eps_list(eps).items()},
+        "cra": {
+            name: (radius > float(value)).double().mean().item()
+            for name, value in parse_eps_list(eps).items()
+        },
         "acr": radius.clamp_min(0).mean().item(),
     }

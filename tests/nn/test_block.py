@@ -128,7 +128,7 @@ def test_gradient_at_the_kink_is_an_element_of_the_subdifferential():
 
 
 def test_gradients_of_other_memory_layouts():
-    """Strided tokens, an expanded gradient (from `sum`) and a transposed one give what contiguous ones give."""
+    """Strided tokens, an expanded gradient (`sum`) and a transposed one give what contiguous ones do."""
     block = _block(8, (3, 4), 2, 4)
     tokens = _tokens(block, 2)
     strided = tokens.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)

@@ -150,6 +150,20 @@ def test_a_bias_that_enters_the_sum_first_is_rounded_with_every_term():
     assert apart.error < measured <= together.error
 
 
+@pytest.mark.parametrize("name", ["block", "block-materialised", "block-plain"])
+def test_the_fused_block_charges_at_least_what_its_layers_would_one_by_one(name):
+    """No bound may shrink because operations are fused; measured errors are too small to tell."""
+    block = _build(CASES[name], 2)
+    start = RoundingState(norm=3.0, error=1e-9, unit=U)
+    state = start
+    for layer in block.layers():
+        state = layer.rounding(state)
+    fused = block.rounding(start)
+    # terms of order u^2 = 4e-15 are bounded differently
+    assert state.error * (1 - 1e-6) <= fused.error <= 2 * state.error
+    assert fused.norm == pytest.approx(state.norm, rel=1e-12)
+
+
 def test_norm_up_is_never_below_the_norm():
     v = torch.randn(1000)
     exact = torch.linalg.vector_norm(v).item()

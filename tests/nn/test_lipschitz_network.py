@@ -99,6 +99,8 @@ def test_a_head_that_is_no_linear_head_is_refused(head):
     net = LipschitzNetwork([Flatten()], UnitRowHead(16, 2), SHAPE)
     net.head = head
     with pytest.raises(UnsoundError, match=f"head is a {type(head).__name__}, .*use a LinearHead"):
+        net.materialise()
+    with pytest.raises(UnsoundError, match=type(head).__name__):
         MarginCertifier(net)
 
 

@@ -140,7 +140,7 @@ def test_a_signed_unit_preserves_norms_on_any_grid(drawn, sign):
 )
 @settings(max_examples=80, deadline=None)
 def test_unit_energy_with_two_entries_fails_on_a_grid_of_2k_minus_1(k, seed, extra, share):
-    """With a first entry a and a last entry b in reading order, the autocorrelation at lag b - a is `K_a K_b`.
+    """With a first entry a and a last entry b in reading order, the autocorrelation at b - a is `K_a K_b`.
 
     No other pair of entries is that far apart, and no lag wraps round onto it where the grid has `2k - 1`
     pixels a side. The autocorrelation is a mean of `|K^|^2 - 1` with phases, so the defect is at least

@@ -35,12 +35,14 @@ def test_a_deep_copy_splits_alike():
     assert [list(group) for group in split_parameters(copy.deepcopy(_net()))] == names
 
 
-def test_frozen_parameters_are_left_out():
+def test_a_frozen_parameter_keeps_its_group():
+    """Averages and reports need it too; without a gradient no optimiser moves it."""
     net = _net()
     net.body[2].rotation.requires_grad_(False)
-    orthogonal, _ = split_parameters(net)
-    assert "body.2.rotation" not in orthogonal
-    assert "body.2.mixing" in orthogonal
+    net.head.bias.requires_grad_(False)
+    orthogonal, euclidean = split_parameters(net)
+    assert orthogonal["body.2.rotation"] is net.body[2].rotation
+    assert "head.bias" in euclidean
 
 
 def test_a_shared_parameter_appears_once():
@@ -54,7 +56,7 @@ def test_a_parameter_that_no_group_matches_is_an_error():
     net = LipschitzNetwork([nn.Conv2d(1, 1, 3)], UnitRowHead(4, 2), (1, 4, 4))
     with pytest.raises(
         ConfigError,
-        match=r"no optimiser group matches parameter body\.0\.weight of a Conv2d; derive the layer from LipschitzModule",
+        match=r"no optimiser group matches parameter body\.0\.weight of a Conv2d; derive the layer from Lips",
     ):
         split_parameters(net)
 
@@ -62,5 +64,7 @@ def test_a_parameter_that_no_group_matches_is_an_error():
 def test_a_matrix_declared_orthogonal_must_be_square():
     layer = OrthogonalMixing(4)
     layer.weight = nn.Parameter(torch.zeros(4, 3))
-    with pytest.raises(ConfigError, match=r"weight is declared orthogonal but has shape \(4, 3\); only square"):
+    with pytest.raises(
+        ConfigError, match=r"weight is declared orthogonal but has shape \(4, 3\); only square"
+    ):
         split_parameters(layer)

@@ -24,13 +24,13 @@ def _slow_sign(direction: Tensor, steps: int) -> Tensor:
     return (j - j.mT) / 2
 
 
-def _slow_muon(x: Tensor, gradients: list[Tensor], lr: float, lookahead: int) -> Tensor:
+def _slow_muon(x: Tensor, gradients: list[Tensor], lr: float, lookahead: int, sign_steps: int) -> Tensor:
     """One matrix at a time; the exponential is the exact one."""
     momentum, slow, travel = torch.zeros_like(x), x.clone(), torch.zeros_like(x)
     for t, gradient in enumerate(gradients, start=1):
         a = (x.T @ gradient - gradient.T @ x) / 2
         momentum = MOMENTUM * momentum + (1 - MOMENTUM) * a
-        step = -lr * _slow_sign((1 - MOMENTUM) * a + MOMENTUM * momentum, steps=6)
+        step = -lr * _slow_sign((1 - MOMENTUM) * a + MOMENTUM * momentum, sign_steps)
         travel = travel + step
         if lookahead and t % lookahead == 0:
             slow = slow @ torch.linalg.matrix_exp(travel / 2)
@@ -40,13 +40,13 @@ def _slow_muon(x: Tensor, gradients: list[Tensor], lr: float, lookahead: int) ->
     return x
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 3])
+@pytest.mark.parametrize(("lookahead", "sign_steps"), [(0, 5), (0, 6), (1, 5), (3, 5)])
 @pytest.mark.parametrize("lr", [0.01, 0.06, 0.3])
-def test_steps_are_those_of_the_slow_reference(lr, lookahead):
+def test_steps_are_those_of_the_slow_reference(lr, lookahead, sign_steps):
     starts = [rotations(n=n, seed=s) for s, n in enumerate((4, 6, 4))]
     gradients = [[torch.randn(x.shape) * 10.0**k for _ in range(7)] for k, x in enumerate(starts)]
     params = [nn.Parameter(x.clone()) for x in starts]
-    optimizer = ManifoldMuon(params, lr=lr, momentum=MOMENTUM, lookahead=lookahead)
+    optimizer = ManifoldMuon(params, lr=lr, momentum=MOMENTUM, sign_steps=sign_steps, lookahead=lookahead)
     for t in range(7):
         for p, sequence in zip(params, gradients, strict=True):
             p.grad = sequence[t].clone()
@@ -55,7 +55,8 @@ def test_steps_are_those_of_the_slow_reference(lr, lookahead):
     # a factor 2 for the Frobenius norm of four planes, seven times
     tolerance = 7 * 2 * max(0.029**4 / 24, 0.127**5 / 120)
     for p, x, sequence in zip(params, starts, gradients, strict=True):
-        assert torch.linalg.matrix_norm(p - _slow_muon(x, sequence, lr, lookahead)) < tolerance
+        slow = _slow_muon(x, sequence, lr, lookahead, sign_steps)
+        assert torch.linalg.matrix_norm(p - slow).item() < tolerance
 
 
 def test_the_angles_keep_the_residual_below_float32_roundoff():
@@ -102,7 +103,7 @@ def test_alignment_falls_to_nothing_and_orthogonality_stays(lookahead):
 
 
 def test_float32_drifts_slowly_and_retraction_takes_it_back():
-    """1,000 steps without retraction in float32, odd size (a singular momentum): below the loose bound 0.01."""
+    """1,000 steps without retraction in float32, odd size (singular momentum): below 1e-3 (2e-5 seen)."""
     n = 25
     params = [nn.Parameter(rotations(n=n, seed=s).float()) for s in range(3)]
     optimizer = ManifoldMuon(params, lr=0.06)
@@ -113,7 +114,7 @@ def test_float32_drifts_slowly_and_retraction_takes_it_back():
         optimizer.step()
     worst = max(residual(p).item() for p in params)
     assert math.isfinite(worst)
-    assert worst < 0.01
+    assert worst < 1e-3
     optimizer.retract()
     assert max(residual(p).item() for p in params) <= 1e-5
 
@@ -130,10 +131,27 @@ def test_vanishing_and_exploding_gradients_do_not_poison_the_weights(scale):
     assert residual(param) < 1e-5
 
 
+def test_half_precision_signs_reach_the_same_place():
+    """The products of the sign in bfloat16: the step is a per cent off, and just as orthogonal."""
+    starts, gradient = rotations(n=8, seed=0).float(), torch.randn(8, 8, dtype=torch.float32)
+    moved = []
+    for sign_dtype in (None, torch.bfloat16):
+        param = nn.Parameter(starts.clone())
+        optimizer = ManifoldMuon([param], lr=0.05, sign_dtype=sign_dtype)
+        param.grad = gradient.clone()
+        optimizer.step()
+        moved.append(param.detach())
+        assert residual(param) < 1e-5
+    assert not torch.equal(*moved)
+    assert spectral_norm(moved[0] - moved[1]) < 0.05 * 0.02
+
+
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_a_state_dict_round_trip_goes_on_bit_for_bit(lookahead):
     generator = torch.Generator().manual_seed(0)
-    gradients = [[torch.randn(n, n, generator=generator, dtype=torch.float32) for n in (4, 5)] for _ in range(9)]
+    gradients = [
+        [torch.randn(n, n, generator=generator, dtype=torch.float32) for n in (4, 5)] for _ in range(9)
+    ]
 
     def run(params: list[nn.Parameter], optimizer: ManifoldMuon, steps: list[list[Tensor]]) -> None:
         for grads in steps:

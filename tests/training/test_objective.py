@@ -1,0 +1,48 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lipnext.core.experiment import LossSpec
+from lipnext.training.objective import Objective
+
+LOGITS = torch.tensor([[2.0, 1.0, -1.0], [0.5, 0.25, 1.0]], dtype=torch.float64)
+LABELS = torch.tensor([0, 1])
+DISTANCES = torch.tensor([[0, 1.0, 1.2], [1.0, 0, 1.4], [1.2, 1.4, 0]], dtype=torch.float64)
+
+
+def test_the_radius_ramps_over_its_share_and_then_stays() -> None:
+    objective = Objective(LossSpec(radius="36/255", ramp_from=0.1, ramp_to=3.0, ramp_share=0.5))
+    radii = [objective.radius(p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert radii == pytest.approx([36 / 255 * f for f in (0.1, 1.55, 3.0, 3.0, 3.0)], rel=1e-12)
+
+
+def test_the_temperature_moves_geometrically() -> None:
+    assert Objective(LossSpec(temperature=0.5)).temperature(0.7) == 0.5
+    objective = Objective(LossSpec(temperature=1.0, temperature_end=0.25))
+    temperatures = [objective.temperature(p) for p in (0, 0.5, 1)]
+    assert temperatures == pytest.approx([1, 0.5, 0.25], rel=1e-12)
+
+
+def test_cross_entropy_alone_knows_no_radius() -> None:
+    objective = Objective(LossSpec(name="cross-entropy", temperature=0.5))
+    wanted = 0.5 * functional.cross_entropy(LOGITS / 0.5, LABELS)
+    assert objective(LOGITS, LABELS, DISTANCES, 0.0).item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert torch.equal(objective(LOGITS, LABELS, DISTANCES, 0), objective(LOGITS, LABELS, DISTANCES, 1))
+
+
+def test_emma_raises_every_rival_by_what_the_radius_allows() -> None:
+    """For the first sample both rivals are out of reach, so the shift is the whole `radius * distance`."""
+    objective = Objective(LossSpec(radius="36/255", ramp_from=1, ramp_to=1))
+    radius = 36 / 255
+    u = [0.0, -1 + radius * 1.0, -3 + radius * 1.2]
+    wanted = math.log(sum(math.exp(v) for v in u))
+    assert objective(LOGITS[:1], LABELS[:1], DISTANCES, 0.3).item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_loss_grows_with_the_radius() -> None:
+    objective = Objective(LossSpec(ramp_from=0.1, ramp_to=3.0, ramp_share=1))
+    losses = [objective(LOGITS, LABELS, DISTANCES, p).item() for p in (0, 0.5, 1)]
+    assert losses == sorted(losses)
+    assert losses[0] < losses[2]
