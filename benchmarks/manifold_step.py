@@ -8,6 +8,7 @@ cost is the forward and backward pass through the parametrisation.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,15 @@ class ExactAdam(OrthogonalAdam):
 
     def move(self, step: Tensor, group: dict[str, Any]) -> Tensor:
         return torch.linalg.matrix_exp(step)
+
+
+class ClosedFormMuon(ManifoldMuon):
+    """Muon with the step `X (cos t - sin t J)`, exact where `J^2 = -I` and only there."""
+
+    def move(self, step: Tensor, group: dict[str, Any]) -> Tensor:
+        angle = group["lr"]
+        eye = torch.eye(step.shape[-1], dtype=step.dtype)
+        return eye * math.cos(angle) + step * (math.sin(angle) / angle)
 
 
 def ours(kind: type, points: Tensor, gradients: Tensor, **options: float) -> Callable[[], object]:
@@ -89,6 +99,7 @@ def main() -> None:
     actions = {
         "adam": ours(OrthogonalAdam, points, gradients, lr=1e-4),
         "muon": ours(ManifoldMuon, points, gradients, lr=0.02),
+        "muon_closed_form": ours(ClosedFormMuon, points, gradients, lr=0.02),
         "exact": ours(ExactAdam, points, gradients, lr=1e-4),
         "geoopt": geoopt_step(points, gradients),
         "fast_exp": lambda: fast_exp(small),
@@ -125,7 +136,12 @@ def main() -> None:
 def orthogonality(size: int, steps: int = 1000) -> dict[str, Any]:
     """Residual ||X^T X - I||_F of one float32 matrix after 1,000 steps without retraction, and after it."""
     found: dict[str, Any] = {"size": size, "steps": steps}
-    for name, kind, lr in (("adam", OrthogonalAdam, 1e-3), ("muon", ManifoldMuon, 0.02)):
+    kinds = (
+        ("adam", OrthogonalAdam, 1e-3),
+        ("muon", ManifoldMuon, 0.02),
+        ("muon_closed_form", ClosedFormMuon, 0.02),
+    )
+    for name, kind, lr in kinds:
         generator = torch.Generator().manual_seed(1)
         point = nn.Parameter(haar(size, generator=generator, dtype=torch.float32))
         optimizer = kind([point], lr=lr)

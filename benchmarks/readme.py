@@ -117,10 +117,25 @@ def drift_table() -> str:
     lines = ["| optimiser | rate | without retraction | after one |", "|---|---|---|---|"]
     for r in load("manifold-step.json"):
         drift = r["orthogonality"]
-        for name in ("adam", "muon"):
+        for name in ("adam", "muon", "muon_closed_form"):
             d, size = drift[name], drift["size"]
             residuals = f"{d['without']:.1e} | {d['after_retraction']:.1e}"
             lines.append(f"| {name}, {size} x {size} | {d['lr']:g} | {residuals} |")
+    return "\n".join(lines)
+
+
+def temperature_table() -> str:
+    """The dial: temperature and ramp."""
+    lines = [
+        "| temperature | ramp to | clean | " + " | ".join(f"CRA {e}" for e in EPS) + " | ACR |",
+        "|" + "---|" * 7,
+    ]
+    for document in load("temperature.json"):
+        for r in document["trials"]:
+            v = r["validation"][-1]
+            figures = (v["clean"], *(v["cra"][e] for e in EPS), v["acr"])
+            cells = [f"{r['temperature']:g}", f"{r['ramp_to']:g} x 36/255", *(floor(f) for f in figures)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -128,6 +143,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "optimizers": optimizers_table,
     "tuning": tuning_table,
+    "temperature": temperature_table,
     "speed": speed_table,
     "drift": drift_table,
 }

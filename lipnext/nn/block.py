@@ -38,7 +38,7 @@ class ShiftBlock(LipschitzModule):
             that the block starts as shift and fold in a rotated basis.
     """
 
-    orthogonal: ClassVar[tuple[str, ...]] = ("rotation", "mixing")
+    orthogonal: ClassVar[tuple[str, ...]] = ("rotation", "mixing", "product")
 
     def __init__(
         self,

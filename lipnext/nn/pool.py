@@ -32,7 +32,10 @@ class SpaceToDepth(LipschitzModule):
         # pixel_unshuffle, spelled out because that returns an empty batch unchanged
         patches = images.reshape(batch, channels, height // s, s, width // s, s).permute(0, 2, 4, 1, 3, 5)
         tokens = patches.reshape(batch, height // s, width // s, channels * s * s)
-        return functional.pad(tokens, (0, self.width - tokens.shape[-1]))
+        spare = self.width - tokens.shape[-1]
+        if spare < 0:  # a negative padding would silently cut channels off
+            raise ValueError(f"`width` must be at least {tokens.shape[-1]} to hold the patches, got {self.width}.")
+        return functional.pad(tokens, (0, spare))
 
     def lipschitz_bound(self) -> LipschitzBound:
         """Return 1: a permutation of coordinates and padding with zeros."""

@@ -1,16 +1,26 @@
 """Translations: input centring, the learned positional encoding and the channel bias. Norm 1, one rounding each."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
 from lipnext.core.propagation import after_addition, norm_up
-from lipnext.core.rounding import RoundingState
+from lipnext.core.rounding import RoundingState, sqrt_up
 
 
 class Centre(LipschitzModule):
-    """`x - 0.5` for images in [0, 1], shape `(B, C, H, W)`: an isometry, unlike a division by a standard deviation."""
+    """`x - 0.5` for images in [0, 1], shape `(B, C, H, W)`: an isometry, unlike a division by a standard deviation.
+
+    Args:
+        shape: `(C, H, W)` of one image.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.shape = shape
 
     def forward(self, images: Tensor) -> Tensor:
         """Return `images - 0.5`."""
@@ -21,8 +31,8 @@ class Centre(LipschitzModule):
         return LipschitzBound(value=1.0, norm=2.0, proof="translation")
 
     def rounding(self, state: RoundingState) -> RoundingState:
-        """Account for one subtraction. The norm of the result is the network's to know: the state already holds it."""
-        return after_addition(state, 0.0)
+        """One subtraction of a constant image of norm `0.5 sqrt(C H W)`."""
+        return after_addition(state, sqrt_up(0.25 * math.prod(self.shape)))
 
 
 class PositionalEncoding(LipschitzModule):

@@ -69,7 +69,7 @@ def build(
         for _ in range(depth)
     ]
     return LipschitzNetwork(
-        [Centre(), SpaceToDepth(patch, width), *blocks, L2Pool(grid[0] * grid[1])],
+        [Centre(input_shape), SpaceToDepth(patch, width), *blocks, L2Pool(grid[0] * grid[1])],
         UnitRowHead(width, classes, generator=generator),
         input_shape,
     )

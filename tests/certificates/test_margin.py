@@ -128,6 +128,8 @@ def test_a_linear_network_against_exact_arithmetic(problem):
 
 
 SIGNS = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+
+
 def test_margins_that_cancel_are_certified_by_their_exact_value():
     """Logits near 1000 with margins of a few ulps: without the slack the radius would exceed the true one."""
     g = torch.Generator().manual_seed(0)
@@ -187,7 +189,7 @@ def test_a_deep_network_against_exact_arithmetic(seed):
             block.bias.copy_(torch.randn(4, generator=g))
         blocks.append(block)
     rows, bias = torch.randn(5, 16, generator=g), torch.randn(5, generator=g)
-    body = [Centre(), SpaceToDepth(2, 4), *blocks, Flatten()]
+    body = [Centre((1, 4, 4)), SpaceToDepth(2, 4), *blocks, Flatten()]
     certifier = MarginCertifier(LipschitzNetwork(body, _stored(rows, bias), (1, 4, 4)))
     # the proof cannot know that the products were exact: gamma_4 ||W||_F^2 a matrix
     assert 1 <= certifier.evidence.body.value <= 1 + 1e-13

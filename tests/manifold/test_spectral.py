@@ -68,8 +68,8 @@ def test_bounds_hold_in_exact_arithmetic_near_orthogonal(bound, n, seed, noise):
 
 
 @pytest.mark.parametrize("squarings", [0, 1, 2, 7])
-def test_every_rounding_term_is_needed_where_the_exact_norm_is_met(squarings):
-    """Vectors and plane rotations have one singular value: nothing but the rounding terms separates bound and norm."""
+def test_the_rounding_terms_carry_the_bound_where_the_exact_norm_is_met(squarings):
+    """Vectors and plane rotations: nothing but rounding terms separates the bound from the norm."""
     g = torch.Generator().manual_seed(squarings)
     for _ in range(150):
         vector = torch.randn(3, 1, generator=g)

@@ -211,7 +211,7 @@ def test_bfloat16_autocast_runs_and_gradients_are_close():
 
 
 def test_orthogonal_parameters_are_declared_on_the_class():
-    assert ShiftBlock.orthogonal == ("rotation", "mixing")
+    assert ShiftBlock.orthogonal == ("rotation", "mixing", "product")
     assert copy.deepcopy(_block(4, (2, 2), 1, 2)).orthogonal == ShiftBlock.orthogonal
 
 

@@ -35,7 +35,7 @@ class Case:
 TOKENS = (3, 4, 8)
 
 CASES = {
-    "centre": Case(Centre, (2, 3, 4)),
+    "centre": Case(lambda: Centre((2, 3, 4)), (2, 3, 4)),
     "space-to-depth": Case(lambda: SpaceToDepth(2, 16), (3, 5, 4), exact=True),
     "position": Case(lambda: PositionalEncoding(3, 4, 8), TOKENS),
     "bias": Case(lambda: ChannelBias(8, 12), TOKENS),

@@ -81,7 +81,7 @@ def test_a_layer_applied_twice_counts_twice():
     "use", [LipschitzNetwork.lipschitz_bound, LipschitzNetwork.materialise, MarginCertifier]
 )
 def test_an_unknown_module_is_refused_by_its_path(use):
-    net = LipschitzNetwork([Centre(), nn.BatchNorm2d(1), L2Pool(1)], UnitRowHead(1, 2), SHAPE)
+    net = LipschitzNetwork([Centre(SHAPE), nn.BatchNorm2d(1), L2Pool(1)], UnitRowHead(1, 2), SHAPE)
     with pytest.raises(
         UnsoundError, match=r"body\.1 is a BatchNorm2d, which has no proved Lipschitz bound; use a"
     ):

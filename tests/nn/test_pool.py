@@ -33,6 +33,11 @@ def test_half_precision_sums_in_float32():
     assert L2Pool(4096)(x.double()).dtype == torch.float64
 
 
+def test_a_width_too_small_for_the_patches_is_refused():
+    with pytest.raises(ValueError, match=r"`width` must be at least 12 to hold the patches, got 11\."):
+        SpaceToDepth(2, 11)(torch.zeros(1, 3, 4, 4))
+
+
 @given(
     s=st.integers(1, 4),
     c=st.integers(1, 3),

@@ -18,7 +18,7 @@ def test_translations_add_what_they_say():
     for c in range(5):
         assert torch.equal(bias(x)[..., c], x[..., c] + bias.weight[c])
     images = torch.rand(2, 3, 4, 4)
-    assert torch.equal(Centre()(images), images - 0.5)
+    assert torch.equal(Centre((3, 4, 4))(images), images - 0.5)
 
 
 def test_norms_count_every_copy_of_the_constant():
@@ -28,5 +28,7 @@ def test_norms_count_every_copy_of_the_constant():
         bias.weight.fill_(1.0)
     zero = RoundingState(norm=0.0, error=0.0, unit=2.0**-53)
     whole = torch.ones(3, 4, 5).norm().item()
+    centre = Centre((3, 4, 5))
+    assert whole / 2 <= centre.rounding(zero).norm <= whole / 2 * (1 + 1e-14)
     for layer in (encoding, bias):
         assert whole <= layer.rounding(zero).norm <= whole * (1 + 1e-14)
