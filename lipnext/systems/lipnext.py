@@ -113,7 +113,7 @@ def fashion_mnist_cpu() -> Experiment:
         data=DataSpec(name="idx"),
         augment=AugmentSpec(flip=True),
         train=TrainSpec(epochs=20, batch_size=256, precision="auto"),
-        optim=OptimSpec(lr=0.02, euclidean_lr=1e-2),
+        optim=OptimSpec(lr=0.02, euclidean_lr=3e-3),
         loss=LossSpec(temperature=0.25, ramp_to=2.0),
     )
 
@@ -128,7 +128,7 @@ def cifar10_cpu() -> Experiment:
         data=DataSpec(name="parquet"),
         augment=AugmentSpec(flip=True, crop=2),
         train=TrainSpec(epochs=20, batch_size=256, precision="auto"),
-        optim=OptimSpec(lr=0.02, euclidean_lr=1e-2),
+        optim=OptimSpec(lr=0.02, euclidean_lr=3e-3),
         loss=LossSpec(temperature=0.25, ramp_to=2.0),
     )
 
