@@ -15,7 +15,7 @@ from typing import Any
 from timing import environment
 from trials import RESULTS, trial, without_test
 
-GRID = {"adam": (1e-3, 3e-3, 1e-2, 3e-2), "muon": (0.0075, 0.015, 0.03)}
+GRID = {"adam": (1e-3, 1e-2, 3e-2, 1e-1), "muon": (0.0075, 0.015, 0.03)}
 LOOKAHEAD = {"adam": 6, "muon": 0}  # Lookahead as in the paper for its Adam; Muon without
 TUNING_SEED, SEEDS = 100, (0, 1)
 

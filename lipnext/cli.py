@@ -112,29 +112,59 @@ def certify(
     records: Annotated[
         str | None, typer.Option(help="Also write one record a sample to a .jsonl or .csv file.")
     ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Also write the certified images to a .npy file, for lipnext verify.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Certify a test part: clean accuracy, certified accuracy at each eps, average certified radius."""
+    import numpy as np
+
     from lipnext import runs
     from lipnext.core.errors import ConfigError
+    from lipnext.core.files import atomic_write
     from lipnext.deployment.bundle import load_experiment
 
     wanted = parse_eps_list(eps) if eps is not None else None
     if records is not None and not records.endswith((".jsonl", ".csv")):
         raise ConfigError(f"--records must end in .jsonl or .csv, got '{records}'")
-    if records is not None and not Path(records).resolve().parent.is_dir():
-        raise ConfigError(f"--records: the folder {Path(records).resolve().parent} does not exist")
+    if images is not None and not images.endswith(".npy"):
+        raise ConfigError(f"--images must end in .npy, got '{images}'")
+    for option, path in (("--records", records), ("--images", images)):
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")
     if wanted is None:
         wanted = parse_eps_list(load_experiment(Path(run)).certify.eps)
-    certificate, labels = runs.certify_run(run, data)
+    test = runs.test_part(run, data)
+    certificate, labels = runs.certify_run(run, test=test)
     if records is not None:
         write = certificate.to_csv if records.endswith(".csv") else certificate.to_jsonl
         write(records, labels)
+    if images is not None:
+        with atomic_write(images, "wb") as file:
+            np.save(file, test.float_images().numpy())
     result = certificate.summary(labels, wanted)
     if as_json:
         _print_json(result)
         return
     _print_summary(result, f"{run}: {result['n']} images")
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A run folder, or any folder with a bundle.")],
+    images: Annotated[str | None, typer.Option(help=".npy file written by certify --images.")] = None,
+    records: Annotated[str | None, typer.Option(help=".jsonl file written by certify --records.")] = None,
+    samples: Annotated[int, typer.Option(help="Radii to re-prove.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle with a program that shares no code with this one; exit 0 only if everything holds."""
+    from lipnext.verify import main as check
+
+    command = [run, "--samples", str(samples)]
+    for option, value in (("--images", images), ("--records", records)):
+        command += [option, value] if value is not None else []
+    raise typer.Exit(check([*command, "--json"] if as_json else command))
 
 
 @app.command()

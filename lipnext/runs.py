@@ -139,10 +139,7 @@ def certify_run(
     model = load_bundle(Path(path))
     experiment = load_experiment(Path(path))
     if test is None:
-        spec = experiment.data
-        if data is not None:
-            spec = spec.model_copy(update={"name": detect(Path(data)), "path": str(data)})
-        test = load_data(spec).test
+        test = test_part(path, data)
     if len(test.classes) != len(model.classes):
         raise ConfigError(
             f"the model knows {len(model.classes)} classes, the data set has {len(test.classes)}; "
@@ -158,6 +155,14 @@ def certify_run(
     with reporter("certifying", len(test)) as progress:
         certificate = model.certify(test.float_images(), experiment.certify.batch_size, progress.advance)
     return certificate, test.labels
+
+
+def test_part(path: str | Path, data: str | None = None) -> Dataset:
+    """Return the test part of a run's own data, or of the data set in the folder `data`, prepared as the run's."""
+    spec = load_experiment(Path(path)).data
+    if data is not None:
+        spec = spec.model_copy(update={"name": detect(Path(data)), "path": str(data)})
+    return load_data(spec).test
 
 
 def _check_free(folder: Path, experiment: Experiment) -> bool:

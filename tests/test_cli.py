@@ -137,7 +137,7 @@ def test_tables_for_people_round_down_what_is_good_and_up_what_is_bad(
     class Stub:
         summary = staticmethod(lambda labels, eps: result)
 
-    monkeypatch.setattr(runs, "certify_run", lambda run, data: (Stub, None))
+    monkeypatch.setattr(runs, "certify_run", lambda run, test: (Stub, None))
     _, out, _ = call("certify", finished)
     for word in ("0.9999", "0.6666", "0.1234", "1.000000001 "):
         assert word in out
@@ -150,6 +150,25 @@ def test_records_hold_every_sample(call: Call, finished: Path, suffix: str, tmp_
     assert code == 0
     lines = path.read_text().splitlines()
     assert len(lines) == json.loads(out)["n"] + (suffix == ".csv")
+
+
+def test_verify_re_proves_what_certify_wrote(call: Call, finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flint", reason="python-flint is not installed (extra: verify)")
+    images, records = tmp_path / "images.npy", tmp_path / "records.jsonl"
+    code, _, _ = call("certify", finished, "--records", records, "--images", images, "--json")
+    assert code == 0
+    code, out, err = call("verify", finished, "--records", records, "--images", images, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["holds"]
+    assert report["radii"]["proved"] == 100
+    first, _, rest = records.read_text().partition("\n")
+    record = json.loads(first)
+    raised = json.dumps({**record, "radius": record["radius"] * 1.01 + 1e-6})
+    records.write_text(raised + "\n" + rest)
+    code, _, err = call("verify", finished, "--records", records, "--images", images, "--samples", "1000")
+    assert code == 1
+    assert "is not proved" in err
 
 
 @pytest.mark.parametrize("healthy", [True, False])

@@ -34,7 +34,9 @@ class SpaceToDepth(LipschitzModule):
         tokens = patches.reshape(batch, height // s, width // s, channels * s * s)
         spare = self.width - tokens.shape[-1]
         if spare < 0:  # a negative padding would silently cut channels off
-            raise ValueError(f"`width` must be at least {tokens.shape[-1]} to hold the patches, got {self.width}.")
+            raise ValueError(
+                f"`width` must be at least {tokens.shape[-1]} to hold the patches, got {self.width}."
+            )
         return functional.pad(tokens, (0, spare))
 
     def lipschitz_bound(self) -> LipschitzBound:

@@ -112,8 +112,8 @@ def fashion_mnist_cpu() -> Experiment:
         model=dict(PRESETS["fashion-mnist-cpu"]),
         data=DataSpec(name="idx"),
         augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=20, batch_size=256, precision="auto"),
-        optim=OptimSpec(lr=0.02, euclidean_lr=3e-3),
+        train=TrainSpec(epochs=14, batch_size=256, precision="auto"),
+        optim=OptimSpec(lr=0.012, euclidean_lr=3e-3),
         loss=LossSpec(temperature=0.25, ramp_to=2.0),
     )
 
@@ -127,8 +127,8 @@ def cifar10_cpu() -> Experiment:
         model=dict(PRESETS["cifar10-cpu"]),
         data=DataSpec(name="parquet"),
         augment=AugmentSpec(flip=True, crop=2),
-        train=TrainSpec(epochs=20, batch_size=256, precision="auto"),
-        optim=OptimSpec(lr=0.02, euclidean_lr=3e-3),
+        train=TrainSpec(epochs=18, batch_size=256, precision="auto"),
+        optim=OptimSpec(lr=0.012, euclidean_lr=3e-3),
         loss=LossSpec(temperature=0.25, ramp_to=2.0),
     )
 
