@@ -29,8 +29,8 @@ def quality(experiment: Experiment, folder: Path, notes: str = "") -> dict[str, 
     if not (folder / runs.RESULT).is_file():
         runs.train(experiment, folder)
     result = json.loads((folder / runs.RESULT).read_text(encoding="utf-8"))
-    certificate, labels = runs.certify_run(folder)
-    return {**result, "curve": curve(certificate, labels), "notes": notes}
+    certificate, test = runs.certify_run(folder)
+    return {**result, "curve": curve(certificate, test.labels), "notes": notes}
 
 
 def curve(certificate: Certificate, labels: Tensor) -> dict[str, list[float]]:

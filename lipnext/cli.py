@@ -135,15 +135,14 @@ def certify(
             raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")
     if wanted is None:
         wanted = parse_eps_list(load_experiment(Path(run)).certify.eps)
-    test = runs.test_part(run, data)
-    certificate, labels = runs.certify_run(run, test=test)
+    certificate, test = runs.certify_run(run, data)
     if records is not None:
         write = certificate.to_csv if records.endswith(".csv") else certificate.to_jsonl
-        write(records, labels)
+        write(records, test.labels)
     if images is not None:
         with atomic_write(images, "wb") as file:
             np.save(file, test.float_images().numpy())
-    result = certificate.summary(labels, wanted)
+    result = certificate.summary(test.labels, wanted)
     if as_json:
         _print_json(result)
         return
@@ -209,7 +208,7 @@ def _print_json(document: object) -> None:
 def main() -> None:
     """Run the command line; a `LipnextError` is one line on standard error and its exit code."""
     try:
-        app()
+        app(prog_name="lipnext")
     except LipnextError as error:
         print(f"lipnext: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

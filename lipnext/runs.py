@@ -95,9 +95,9 @@ def train(
             tensorboard=tensorboard,
         )
     save_bundle(final, experiment, splits.train.classes, folder)
-    certificate, labels = certify_run(folder, data=None, test=splits.test)
+    certificate, test = certify_run(folder, test=splits.test)
     result = {
-        **certificate.summary(labels, parse_eps_list(experiment.certify.eps)),
+        **certificate.summary(test.labels, parse_eps_list(experiment.certify.eps)),
         "preset": experiment.preset,
         "system": experiment.system,
         "seed": experiment.seed,
@@ -125,7 +125,7 @@ def load(path: str | Path) -> Classifier:
 
 def certify_run(
     path: str | Path, data: str | None = None, test: Dataset | None = None
-) -> tuple[Certificate, torch.Tensor]:
+) -> tuple[Certificate, Dataset]:
     """Certify a test part with a finished run.
 
     Args:
@@ -134,12 +134,15 @@ def certify_run(
         test: the test part itself, where it is in memory already.
 
     Returns:
-        The certificate and the true labels.
+        The certificate and the test part it speaks of.
     """
     model = load_bundle(Path(path))
     experiment = load_experiment(Path(path))
     if test is None:
-        test = test_part(path, data)
+        spec = experiment.data
+        if data is not None:
+            spec = spec.model_copy(update={"name": detect(Path(data)), "path": str(data)})
+        test = load_data(spec).test
     if len(test.classes) != len(model.classes):
         raise ConfigError(
             f"the model knows {len(model.classes)} classes, the data set has {len(test.classes)}; "
@@ -154,15 +157,7 @@ def certify_run(
         )
     with reporter("certifying", len(test)) as progress:
         certificate = model.certify(test.float_images(), experiment.certify.batch_size, progress.advance)
-    return certificate, test.labels
-
-
-def test_part(path: str | Path, data: str | None = None) -> Dataset:
-    """Return the test part of a run's own data, or of the data set in the folder `data`, prepared as the run's."""
-    spec = load_experiment(Path(path)).data
-    if data is not None:
-        spec = spec.model_copy(update={"name": detect(Path(data)), "path": str(data)})
-    return load_data(spec).test
+    return certificate, test
 
 
 def _check_free(folder: Path, experiment: Experiment) -> bool:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,12 @@ def test_tables_for_people_round_down_what_is_good_and_up_what_is_bad(
         "lipschitz": {"bound": 1.0000000001, "proof": "product"},
     }  # fmt: skip
 
+    stub_part = types.SimpleNamespace(labels=None)
+
     class Stub:
         summary = staticmethod(lambda labels, eps: result)
 
-    monkeypatch.setattr(runs, "certify_run", lambda run, test: (Stub, None))
+    monkeypatch.setattr(runs, "certify_run", lambda run, data: (Stub, stub_part))
     _, out, _ = call("certify", finished)
     for word in ("0.9999", "0.6666", "0.1234", "1.000000001 "):
         assert word in out
@@ -520,13 +523,8 @@ def test_a_loss_that_is_not_finite(call: Call, tmp_path: Path) -> None:
 
 
 def test_things_that_cannot_be_certified(call: Call, finished: Path, tmp_path: Path) -> None:
-    refused(
-        call("certify", tmp_path / "missing"), "missing has no config.json: the run is not finished or no run"
-    )
-    refused(
-        call("certify", tmp_path / "missing", "--eps", "1/255"), "missing is no folder; give a run folder"
-    )
-    refused(call("certify", tmp_path), "has no config.json: the run is not finished or no run at all")
+    refused(call("certify", tmp_path / "missing"), "missing is no folder; give a run folder")
+    refused(call("certify", tmp_path), "has no model.safetensors: the run is not finished or no run at all")
     for name in ("records.txt", "records"):
         line = f"--records must end in .jsonl or .csv, got '{name}'"
         refused(call("certify", finished, "--records", name), line)

@@ -100,9 +100,9 @@ def test_a_run_leaves_its_folder_and_its_result(finished: Path) -> None:
     assert list(result["cra"]) == ["36/255", "72/255", "108/255"]
     assert result["experiment_digest"] == digits().digest()
     assert Experiment.from_yaml(finished / "experiment.yaml") == digits()
-    certificate, labels = runs.certify_run(finished)
-    assert certificate.clean_accuracy(labels) == result["clean"]
-    assert certificate.acr(labels) == result["acr"]
+    certificate, test = runs.certify_run(finished)
+    assert certificate.clean_accuracy(test.labels) == result["clean"]
+    assert certificate.acr(test.labels) == result["acr"]
     assert certificate.model_sha256 == result["model_sha256"]
     assert runs.load(finished).classes == tuple("0123456789")
 
@@ -240,6 +240,21 @@ def certify_on(finished: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -
     return runs.certify_run(finished, "somewhere")
 
 
+def test_data_with_other_class_names_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    labels = torch.arange(20) % 10
+    named = Dataset(images=images, labels=labels, classes=tuple(f"class {k}" for k in range(10)))
+    certificate, _ = certify_on(
+        finished, named, monkeypatch
+    )  # the model's classes are numbers: no names to differ
+    assert len(certificate) == 20
+    trained = runs.load_bundle(finished)
+    trained.classes = tuple(f"kind {k}" for k in range(10))
+    monkeypatch.setattr(runs, "load_bundle", lambda path: trained)
+    with pytest.raises(ConfigError, match=r"the model's classes are kind 0, .* the same order"):
+        certify_on(finished, named, monkeypatch)
+
+
 def test_data_of_another_form_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"the model knows 10 classes, the data set has 3; certify on data"):
         certify_on(finished, pictures(), monkeypatch)
@@ -254,6 +269,6 @@ def test_data_of_another_form_is_refused(finished: Path, monkeypatch: pytest.Mon
 def test_data_of_the_same_form_is_certified(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
     data = Dataset(images=images, labels=torch.arange(7), classes=tuple("0123456789"))
-    certificate, labels = certify_on(finished, data, monkeypatch)
+    certificate, test = certify_on(finished, data, monkeypatch)
     assert len(certificate) == 7
-    assert torch.equal(labels, data.labels)
+    assert torch.equal(test.labels, data.labels)

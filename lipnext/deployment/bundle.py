@@ -96,16 +96,7 @@ def load_bundle(folder: Path) -> Classifier:
     Raises:
         BundleError: if a file is missing, damaged, changed, or written by a newer version.
     """
-    if not folder.is_dir():
-        raise BundleError(
-            f"{folder} is no folder; give a run folder with {WEIGHTS}, {CONFIG} and {CERTIFICATE}"
-        )
-    for name in (WEIGHTS, CONFIG, CERTIFICATE):
-        if not (folder / name).is_file():
-            raise BundleError(
-                f"{folder} has no {name}: the run is not finished or no run at all; "
-                "finish it with lipnext train"
-            )
+    _check_complete(folder)
     certificate, config = _read_json(folder / CERTIFICATE), _read_json(folder / CONFIG)
     for name, document in ((CERTIFICATE, certificate), (CONFIG, config)):
         if document.get("format") != FORMAT:
@@ -137,12 +128,24 @@ def load_experiment(folder: Path) -> Experiment:
     Raises:
         BundleError: if the config is missing or damaged.
     """
-    if not (folder / CONFIG).is_file():
-        raise BundleError(f"{folder} has no {CONFIG}: the run is not finished or no run at all")
+    _check_complete(folder)
     try:
         return Experiment.model_validate(_read_json(folder / CONFIG)["experiment"])
     except (LipnextError, KeyError) as error:
         raise BundleError(f"{folder / CONFIG} cannot be used: {error}") from error
+
+
+def _check_complete(folder: Path) -> None:
+    if not folder.is_dir():
+        raise BundleError(
+            f"{folder} is no folder; give a run folder with {WEIGHTS}, {CONFIG} and {CERTIFICATE}"
+        )
+    for name in (WEIGHTS, CONFIG, CERTIFICATE):
+        if not (folder / name).is_file():
+            raise BundleError(
+                f"{folder} has no {name}: the run is not finished or no run at all; "
+                "finish it with lipnext train"
+            )
 
 
 def _rebuild(config: dict[str, Any]) -> Classifier:

@@ -89,7 +89,7 @@ def test_polishing_gives_the_same_logits_and_a_bound_of_one() -> None:
     # What polishing may do: retract what drifted. A retracted net is what training ends with.
     with torch.no_grad():
         for block in net.body:
-            for name in block.orthogonal:
+            for name in set(block.orthogonal) & dict(block.named_parameters()).keys():
                 matrix = getattr(block, name)
                 u, _, v = torch.linalg.svd(matrix.double())
                 matrix.copy_((u @ v).float())
@@ -307,7 +307,7 @@ def test_a_config_that_cannot_be_used_says_why(
 def test_something_else_than_a_bundle_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "missing", "is no folder; give a run folder with model.safetensors")
     refused(tmp_path, "has no model.safetensors: the run is not finished or no run at all")
-    with pytest.raises(BundleError, match=r"has no config.json: the run is not finished or no run at all"):
+    with pytest.raises(BundleError, match="has no model.safetensors: the run is not finished"):
         load_experiment(tmp_path)
 
 
