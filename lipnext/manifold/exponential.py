@@ -1,5 +1,7 @@
 """The matrix exponential of small skew matrices by a short Taylor series (LipNeXt's FastExp)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,16 @@ def taylor_exp(direction: Tensor, order: int) -> Tensor:
     """
     if order not in (2, 3, 4):
         raise ValueError(f"`order` must be 2, 3 or 4, got {order}.")
-    eye = torch.eye(direction.shape[-1], dtype=direction.dtype, device=direction.device)
-    square = direction @ direction
+    a = direction.reshape(math.prod(direction.shape[:-2]), *direction.shape[-2:])
     if order == 2:
-        return eye + direction + square / 2
-    tail = eye / 2 + direction / 6
-    if order == 4:
-        tail = tail + square / 24
-    return eye + direction + square @ tail
+        result = torch.baddbmm(a, a, a, alpha=0.5)
+    else:
+        square = a @ a
+        tail = a / 6 if order == 3 else (a / 6).add_(square, alpha=1 / 24)
+        tail.diagonal(dim1=-2, dim2=-1).add_(0.5)
+        result = torch.baddbmm(a, square, tail)
+    result.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return result.view(direction.shape)
 
 
 def fast_exp(direction: Tensor) -> Tensor:

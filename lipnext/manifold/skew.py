@@ -6,7 +6,8 @@ from torch import Tensor
 
 def skew(matrix: Tensor) -> Tensor:
     """Return `(matrix - matrix^T) / 2`, the nearest skew-symmetric matrix. Shape `(..., n, n)`."""
-    return (matrix - matrix.mT) / 2
+    half = matrix / 2
+    return half - half.mT
 
 
 def tangent(point: Tensor, gradient: Tensor) -> Tensor:

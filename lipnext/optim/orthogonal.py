@@ -15,7 +15,9 @@ from lipnext.manifold.exponential import fast_exp
 from lipnext.manifold.polar import retract
 from lipnext.manifold.skew import tangent
 
-MAX_STACK = 2**28  # entries in one batched call: beyond, a stack only costs memory
+# Entries in one batched call. On a GPU a stack saves launches and costs memory; on a CPU it should stay in the cache.
+MAX_STACK = {"cpu": 2**21}
+MAX_STACK_ELSEWHERE = 2**28
 
 
 class OrthogonalOptimizer(Optimizer, ABC):
@@ -101,11 +103,11 @@ class OrthogonalOptimizer(Optimizer, ABC):
 
 
 def _alike(params: list[Tensor], ages: list[int]) -> list[list[Tensor]]:
-    """Group by shape, dtype, device and number of steps taken, at most `MAX_STACK` entries to a group."""
+    """Group by shape, dtype, device and number of steps taken, with a limit on the entries in a group."""
     groups: dict[tuple[Any, ...], list[list[Tensor]]] = {}
     for p, age in zip(params, ages, strict=True):
         lists = groups.setdefault((p.shape, p.dtype, p.device, age), [[]])
-        if lists[-1] and (len(lists[-1]) + 1) * p.numel() > MAX_STACK:
+        if lists[-1] and (len(lists[-1]) + 1) * p.numel() > MAX_STACK.get(p.device.type, MAX_STACK_ELSEWHERE):
             lists.append([])
         lists[-1].append(p)
     return [params for lists in groups.values() for params in lists]
