@@ -7,9 +7,10 @@ This file stands alone: the standard library, NumPy and python-flint (arb ball a
 weights, and re-proves the radii of K samples, drawn at random, from the raw images. Exit code 0: everything holds.
 1: a claim does not hold, or there is doubt; one line says which. 2: the command was not understood.
 
-The claim, for an image x, its label y and radius r: the real-arithmetic network with exactly the stored weights gives y
-to every point of the closed l2 ball of radius r around x. The logits are `f = W g + c`, the body g has the Lipschitz
-constant K, so it holds if
+The claim, for an image x, its label y and radius r: the network with exactly the stored weights gives y to every point of
+the closed l2 ball of radius r around x; semantics `real` means real arithmetic, `deployed` a program that evaluates them in
+float64 or float32, in any order, at the points which that type represents. The logits are `f = W g + c`, the body g has the
+Lipschitz constant K, so it holds if
 
     K ||w_y - w_j|| r  <  f_y(x) - f_j(x)      for every rival j.
 
@@ -20,7 +21,10 @@ A claim is confirmed by these tests, none of which has a tolerance on the side t
                  sound, but not a certificate of these rows
   margin error   at least this file's own bound on the float64 error of a margin, for any image in [0, 1] and any order
                  of summation (`check_margin_errors`)
-  radius         `K ||w_y - w_j|| r + E_yj <= margin` for every rival j, with this file's own K, E and logits
+  ball error     the same for the executed program at any point that is at most twice as long as an image can be
+  radius         `K ||w_y - w_j|| r + E_yj <= margin` for every rival j, with this file's own K, E and logits; E holds the
+                 ball error too where the claim is about a deployed program, and r is at most the square root of the
+                 number of inputs, so that the ball error speaks of the whole ball
 What is neither proved nor refuted is doubt. Nothing is said about the meaning of the classes, about true labels, and
 about the texts that go with a claim. One assumption is left: sums and products of NumPy's float64 round as IEEE 754
 says, in any order, but without algorithms of Strassen's kind.
@@ -54,15 +58,20 @@ except ImportError:  # `main` says what to install
 FORMAT = 1
 WEIGHTS, CONFIG, CERTIFICATE = "model.safetensors", "config.json", "certificate.json"
 MODEL_DEFAULTS = {"width": 192, "depth": 8, "patch": 4, "shift": 1 / 16, "beta": 0.5}
-FORMULA = "r = min_j (f_y - f_j - margin_error[y][j]) / (lipschitz.bound * head_distances[y][j])"
+FORMULA = (
+    "r = min_j (f_y - f_j - E[y][j]) / (lipschitz.bound * head_distances[y][j]), "
+    "E = margin_error, and for deployed margin_error + ball_error[arithmetic]"
+)
 # (axis, step) on tokens (n, H, W, C) for each of the four groups of channels: down, up, right, left.
 DIRECTIONS = ((1, 1), (1, -1), (2, 1), (2, -1))
 PRECISION = 128  # bits of the ball arithmetic
 SQUARINGS = 6
-U = 2.0**-53
+U = 2.0**-53  # of float64, in which this file computes
+UNITS = {"float64": U, "float32": 2.0**-24}
 # fewer than 2^32 float64 operations in a row, on numbers >= 0, are off by less than this factor
 SAFETY = 1 + 2.0**-20
-TINY = 2.0**-900  # above all that a layer can lose by underflow, even where it is flushed to zero
+# Above all that a layer can lose by underflow: 2^28 times the root of the smallest product that does not vanish.
+TINY = {U: 2.0**-500, UNITS["float32"]: 2.0**-46}
 
 Array = NDArray[np.float64]
 Tensors = dict[str, NDArray[np.float32]]
@@ -141,8 +150,8 @@ def verify(options: argparse.Namespace, report: dict[str, Any]) -> None:
         claimed = certificate["lipschitz"]["bound"]
         say("lipschitz", f"K {claimed!r} confirmed, proved {bound!r}", claimed=claimed, proved=bound)
         distances = check_distances(certificate, network)
-        errors = check_margin_errors(certificate, network, norms, distances)
-        largest = float(errors.max())
+        errors = check_errors(certificate, network, norms, distances)
+        largest = float(errors["real"].max())
         say("head", f"distances and margin errors confirmed, {largest:.1e} proved", margin_error=largest)
         if options.images is None:
             say("radii", "no radius was re-proved; give --images and --records", proved=0)
@@ -406,13 +415,14 @@ def check_statement(certificate: dict[str, Any], network: Network) -> None:
     fixed = {
         "norm": "l2",
         "kind": "deterministic",
-        "semantics": "real",
+        "semantics": ["real", "deployed"],
         "arithmetic": "float64",
         "certificate": FORMULA,
         "input": {"shape": list(network.shape), "range": [0, 1], "preprocessing": "none"},
     }
     hashes = {"model_sha256", "weights_file_sha256", "config_sha256", "certificate_sha256"}
-    claims = {"lipschitz", "layers", "head_distances", "margin_error", "feature_norm", "feature_error"}
+    claims = {"lipschitz", "layers", "head_distances", "margin_error", "ball_error"}
+    claims |= {"feature_norm", "feature_error"}
     known = {"format", "lipnext_version", "torch_version", *fixed, *hashes, *claims}
     expect_keys(certificate, known, CERTIFICATE)
     for key, value in fixed.items():
@@ -505,45 +515,78 @@ def check_distances(certificate: dict[str, Any], network: Network) -> Array:
     return claimed
 
 
-def check_margin_errors(
+def check_errors(
     certificate: dict[str, Any], network: Network, norms: list[tuple[float, float]], distances: Array
-) -> Array:
-    """Confirm the bounds on the float64 error of features and margins; return the own table, (k, k).
-
-    For every image in [0, 1], `size` bounds the l2 norm of the exact activations and `error` that of computed minus exact
-    ones. A sum of m products, in any order, is off by at most `gamma(m)` times the sum of their absolute values, so
-    `W x + b` by `gamma(C + 1) (|| |W| || ||x|| + ||b||)` for the computed x, which is no longer than size + error.
-    """
-    positions, channels = math.prod(network.grid), network.width
-    size = math.sqrt(math.prod(network.shape)) / 2
-    error = U * size
-    for block, (rotation_norm, product_norm) in zip(network.blocks, norms, strict=True):
-        size += math.sqrt(channels) * float(np.linalg.norm(block.position))
-        error += U * (size + error)
-        terms = absolute_norm(block.rotation) * (size + error)
-        size, error = rotation_norm * size, rotation_norm * error + gamma(channels) * terms + TINY
-        bias = math.sqrt(positions) * float(np.linalg.norm(block.bias))
-        terms = absolute_norm(block.product) * (size + error) + bias
-        size, error = product_norm * size + bias, product_norm * error + gamma(channels + 1) * terms + TINY
-    error = (error + gamma(positions + 2) * (size + error) + TINY) * SAFETY
-    size *= SAFETY
-    logit = np.linalg.norm(network.rows, axis=1) * (size + error) + np.abs(network.offsets)
-    own = (distances * error + gamma(channels + 2) * (logit[:, None] + logit) + TINY) * SAFETY
+) -> dict[str, Array]:
+    """Confirm the bounds on rounding errors; return the own E, (k, k), for "real" and for each deployed arithmetic."""
+    size, error, own = rounding_errors(network, norms, distances, 0.0, U)
     for key, value in (("feature_norm", size), ("feature_error", error)):
         claimed = number(certificate[key], f"{CERTIFICATE}: {key}")
         if not claimed >= value:
             raise Doubt(f"{CERTIFICATE}: {key} {claimed!r} is below the own bound {value!r}")
-    claims = table(certificate["margin_error"], len(own), f"{CERTIFICATE}: margin_error")
+    check_table(certificate["margin_error"], own, f"{CERTIFICATE}: margin_error")
+    errors = {"real": own}
+    if (
+        not isinstance(certificate["ball_error"], dict)
+        or not certificate["ball_error"].keys() <= UNITS.keys()
+    ):
+        raise Doubt(f"{CERTIFICATE}: ball_error must be an object with tables for {', '.join(UNITS)}")
+    for name, claims in certificate["ball_error"].items():
+        _, _, ball = rounding_errors(network, norms, distances, largest_radius(network), UNITS[name])
+        check_table(claims, ball, f"{CERTIFICATE}: ball_error.{name}")
+        errors[name] = (own + ball) * SAFETY
+    return errors
+
+
+def rounding_errors(
+    network: Network, norms: list[tuple[float, float]], distances: Array, reach: float, unit: float
+) -> tuple[float, float, Array]:
+    """Bound the norm of the features, the error of the computed ones, and that of the margins, (k, k).
+
+    For every input within `reach` of an image in [0, 1], `size` bounds the l2 norm of the exact activations and `error` that
+    of computed minus exact ones. A sum of m products, in any order, is off by at most `gamma(m)` times the sum of their
+    absolute values, so `W x + b` by `gamma(C + 1) (|| |W| || ||x|| + ||b||)` for the computed x, which is no longer than
+    size + error.
+    """
+    positions, channels, tiny = math.prod(network.grid), network.width, TINY[unit]
+    size = largest_radius(network) / 2 + reach  # of x - 1/2: the entries are at most 1/2 for an image
+    error = unit * size
+    for block, (rotation_norm, product_norm) in zip(network.blocks, norms, strict=True):
+        size += math.sqrt(channels) * float(np.linalg.norm(block.position))
+        error += unit * (size + error)
+        terms = absolute_norm(block.rotation) * (size + error)
+        error = rotation_norm * error + gamma(channels, unit) * terms + tiny
+        size *= rotation_norm
+        bias = math.sqrt(positions) * float(np.linalg.norm(block.bias))
+        terms = absolute_norm(block.product) * (size + error) + bias
+        error = product_norm * error + gamma(channels + 1, unit) * terms + tiny
+        size = product_norm * size + bias
+    error = (error + gamma(positions + 2, unit) * (size + error) + tiny) * SAFETY
+    size *= SAFETY
+    logit = np.linalg.norm(network.rows, axis=1) * (size + error) + np.abs(network.offsets)
+    table = (distances * error + gamma(channels + 2, unit) * (logit[:, None] + logit) + tiny) * SAFETY
+    return size, error, table
+
+
+def largest_radius(network: Network) -> float:
+    """Return the radius up to which a deployed claim can be made: the square root of the number of inputs."""
+    return math.sqrt(math.prod(network.shape))
+
+
+def check_table(value: Any, own: Array, what: str) -> None:
+    """Confirm a table of claimed errors: none below the own bound, the diagonal aside."""
+    claims = table(value, len(own), what)
     below = ~(claims >= own) & ~np.eye(len(own), dtype=bool)
     for i, j in np.argwhere(below):
         pair = f"{float(claims[i, j])!r} of {i} and {j} is below the own bound {float(own[i, j])!r}"
-        raise Doubt(f"{CERTIFICATE}: margin_error {pair}")
-    return own
+        raise Doubt(f"{what} {pair}")
 
 
-def gamma(n: int) -> float:
-    """Return `n u / (1 - n u)`."""
-    return n * U / (1 - n * U)
+def gamma(n: int, unit: float) -> float:
+    """Return `n u / (1 - n u)`; without such a bound there is doubt."""
+    if n * unit >= 1:
+        raise Doubt(f"no bound on the rounding of {n} terms with unit roundoff {unit!r}")
+    return n * unit / (1 - n * unit)
 
 
 def absolute_norm(matrix: Array) -> float:
@@ -582,7 +625,7 @@ def check_radii(
     seed: int,
     bound: float,
     distances: Array,
-    errors: Array,
+    errors: dict[str, Array],
 ) -> tuple[int, int]:
     """Re-prove the radii of samples drawn at random; return how many, and of how many."""
     images = open_images(options.images, network.shape)
@@ -595,7 +638,15 @@ def check_radii(
         if not (pixels.min() >= 0 and pixels.max() <= 1):
             raise Doubt(f"{options.images.name} must lie in [0, 1]; divide 8-bit values by 255")
         for index, logits in zip(part, network.logits(pixels), strict=True):
-            check_sample(records[index], logits, bound, distances, errors)
+            record, limit = records[index], math.inf
+            key = "real"
+            if record["semantics"] == "deployed":
+                key, limit = record["arithmetic"], largest_radius(network)
+            if key not in errors:
+                raise Doubt(f"record {index}: the certificate has no ball_error for {key}")
+            if number(record["radius"], f"record {index}: radius") > limit:
+                raise Doubt(f"record {index}: a deployed radius must not exceed {limit!r}")
+            check_sample(record, logits, bound, distances, errors[key])
     return len(chosen), len(images)
 
 
@@ -645,17 +696,24 @@ def read_records(path: Path, count: int, classes: int, sha256: str) -> list[dict
         "norm": "l2",
         "kind": "deterministic",
         "confidence": 1.0,
-        "semantics": "real",
         "model_sha256": sha256,
     }
+    meanings = [("real", "float64"), *(("deployed", name) for name in UNITS)]
     records = []
     for index, line in enumerate(lines):
         what = f"record {index}"
         record = parse_object(line, what)
         truth = {"label", "correct"} & record.keys()
-        expect_keys(record, {"idx", "pred", "radius", "margin", "slack", *fixed, *truth}, what)
+        expect_keys(
+            record,
+            {"idx", "pred", "radius", "margin", "slack", "semantics", "arithmetic", *fixed, *truth},
+            what,
+        )
         for key, value in {"idx": index, **fixed}.items():
             expect(record, key, value, what)
+        if (record["semantics"], record["arithmetic"]) not in meanings:
+            meaning = f"{record['semantics']!r:.40} in {record['arithmetic']!r:.40}"
+            raise Doubt(f"{what}: semantics {meaning} is not understood")
         whole(record["pred"], f"{what}: pred", 0, classes - 1)
         if truth:
             label = whole(record.get("label"), f"{what}: label", 0, classes - 1)

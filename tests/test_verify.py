@@ -167,6 +167,37 @@ def test_other_architectures_are_accepted(
     assert verify.main(arguments(tmp_path)) == 0
 
 
+@pytest.mark.parametrize("arithmetic", ["float64", "float32"])
+def test_deployed_radii_are_re_proved_and_real_ones_do_not_pass_for_them(
+    arithmetic: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = torch.from_numpy(np.load(copy / IMAGES))
+    real = [json.loads(line) for line in (copy / RECORDS).read_text().splitlines()]
+    certificate = load_bundle(copy).certify(images, semantics="deployed", arithmetic=arithmetic)
+    certificate.to_jsonl(copy / RECORDS)
+    assert verify.main(arguments(copy)) == 0
+    capsys.readouterr()
+    index = max(range(len(real)), key=lambda i: real[i]["radius"])
+    edit_record(copy, index, lambda record: record.update(radius=real[index]["radius"]))
+    assert f"record {index}: radius {real[index]['radius']!r} is not proved" in refusal(copy, capsys)
+
+
+def test_a_deployed_radius_beyond_the_ball_that_was_analysed(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_record(copy, 0, lambda record: record.update(semantics="deployed", radius=8.5))
+    assert "record 0: a deployed radius must not exceed 8.0" in refusal(copy, capsys)
+
+
+def test_an_arithmetic_without_a_ball_error(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(copy / CERTIFICATE, lambda c: c["ball_error"].pop("float32"))
+    reseal(copy)
+    assert verify.main(arguments(copy)) == 0
+    capsys.readouterr()
+    edit_record(copy, 0, lambda record: record.update(semantics="deployed", arithmetic="float32"))
+    assert "record 0: the certificate has no ball_error for float32" in refusal(copy, capsys)
+
+
 def test_without_images_it_says_that_no_radius_was_proved(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,7 +382,7 @@ def test_computed_margins_are_within_the_error_bound_of_exact_ones(tiny: Path) -
     with ctx.workprec(256):
         _, norms = verify.check_layers(certificate, network)
         distances = verify.check_distances(certificate, network)
-        errors = verify.check_margin_errors(certificate, network, norms, distances)
+        errors = verify.check_errors(certificate, network, norms, distances)["real"]
         computed = network.logits(images)
         for image, logits in zip(images, computed, strict=True):
             exact = exact_logits(network, image)
@@ -439,7 +470,20 @@ def test_a_bound_below_the_norms_is_refuted(copy: Path, capsys: pytest.CaptureFi
         (lambda c: c.update(feature_error=1e-20), "feature_error 1e-20 is below the own bound"),
         (lambda c: c.update(format=2), "format must be 1, got 2"),
         (lambda c: c.update(format=True), "format must be 1, got true"),
-        (lambda c: c.update(semantics="deployed"), 'semantics must be "real", got "deployed"'),
+        (lambda c: c.update(semantics="deployed"), 'semantics must be ["real", "deployed"], got "deployed"'),
+        (
+            lambda c: c["ball_error"]["float32"][0].__setitem__(1, c["margin_error"][0][1]),
+            "ball_error.float32 ",
+        ),
+        (
+            lambda c: c["ball_error"]["float64"][3].__setitem__(2, 0),
+            "ball_error.float64 0.0 of 3 and 2 is below",
+        ),
+        (
+            lambda c: c["ball_error"].update(float16=[]),
+            "ball_error must be an object with tables for float64",
+        ),
+        (lambda c: c.update(ball_error=[]), "ball_error must be an object with tables for float64, float32"),
         (lambda c: c.update(norm="linf"), 'norm must be "l2", got "linf"'),
         (lambda c: c["input"].update(range=[0, 255]), "input must be"),
         (lambda c: c.update(clipping="assumed"), "not understood ['clipping']"),

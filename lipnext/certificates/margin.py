@@ -4,10 +4,16 @@ For a network `f = W g + c` whose body `g` has a proved l2 bound `K`, the label 
 
     r(x) = min_{j != y} (f_y(x) - f_j(x) - E_yj) / (K ||w_y - w_j||)
 
-where `E_yj` bounds the floating-point error of the computed margin in float64 (soundness analysis 5.4). Semantics `real`: the
-statement is about the real-arithmetic network with exactly the stored weights, on the closed ball around the stored image.
+where `E_yj` bounds the floating-point error of the computed margin in float64 (soundness analysis 5.4).
+
+Semantics `real`: the statement is about the real-arithmetic network with exactly the stored weights, on the closed ball around
+the stored image. Semantics `deployed`: it is about the program that evaluates the stored weights in float64 or float32, with
+any order of summation, at every point of the ball that this type represents; `E_yj` then also holds the error of that evaluation at
+*every* point of the ball. Radii are at most `sqrt(n)`, n the number of inputs, so that no point of the ball is longer than
+`2 sqrt(n)`; the error is bounded for inputs of that norm.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lipnext.core.bound import PROOFS, LipschitzBound
-from lipnext.core.certificate import Certificate
+from lipnext.core.certificate import Certificate, Semantics, check_semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.files import sha256_tensors
 from lipnext.core.guard import check_images
@@ -25,6 +31,7 @@ from lipnext.core.propagation import norm_up
 from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up, sqrt_up
 
 _U = UNIT_ROUNDOFF[torch.float64]
+ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +42,18 @@ class Evidence:
         layers: each layer of the body with its bound.
         body: K, the product of the layers' bounds, rounded up.
         distances: `||w_i - w_j||` of the stored rows, rounded up, shape `(k, k)`, float64.
-        margin_error: `E_ij`, bound on the float64 error of the margin between i and j, shape `(k, k)`.
+        margin_error: bound on the float64 error of the margin between i and j for any image in [0, 1], shape `(k, k)`.
+        ball_error: by arithmetic, a bound on the error of the executed margin for any input up to twice as long, `(k, k)`;
+            an arithmetic whose rounding cannot be bounded is missing.
         feature_norm: bound on the norm of the features for any image in [0, 1].
-        feature_error: bound on the l2 error of the computed features.
+        feature_error: bound on the l2 error of the features computed in float64.
     """
 
     layers: tuple[tuple[str, LipschitzBound], ...]
     body: LipschitzBound
     distances: Tensor
     margin_error: Tensor
+    ball_error: dict[str, Tensor]
     feature_norm: float
     feature_error: float
 
@@ -56,12 +66,18 @@ class MarginCertifier:
 
     Args:
         network: the trained network; it is copied and may change afterwards.
+        semantics: what the certificate speaks of, "real" arithmetic or the "deployed" program.
+        arithmetic: of the deployed program, "float64" or "float32"; float32 needs weights stored in float32.
 
     Raises:
-        UnsoundError: if a layer is unknown, a weight is not finite, or a bound cannot be proved.
+        UnsoundError: if a layer is unknown, a weight is not finite, a bound cannot be proved, or the semantics does not
+            speak of the arithmetic.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(
+        self, network: nn.Module, semantics: Semantics = "real", arithmetic: str = "float64"
+    ) -> None:
+        check_semantics(semantics, arithmetic)
         if not isinstance(network, LipschitzNetwork):
             raise UnsoundError(
                 f"the margin certificate needs a LipschitzNetwork, got a {type(network).__name__}; "
@@ -73,9 +89,24 @@ class MarginCertifier:
                 "lipnext.nn.head.UnitRowHead"
             )
         frozen = network.materialise()
+        if arithmetic == "float32" and any(p.dtype != torch.float32 for p in frozen.parameters()):
+            raise UnsoundError(
+                "a program in float32 needs weights stored in float32, got float64 ones; store net.float() or "
+                "deploy in float64"
+            )
         self.model_sha256 = sha256_tensors(frozen.state_dict())
         self.network = frozen.double()
         self.evidence = prove(self.network)
+        self.semantics, self.arithmetic = semantics, arithmetic
+        self.error = self.evidence.margin_error
+        self.largest_radius = math.inf
+        if semantics == "deployed":
+            if arithmetic not in self.evidence.ball_error:
+                raise UnsoundError(
+                    f"the rounding of a program in {arithmetic} cannot be bounded for this network; deploy in float64"
+                )
+            self.error = _up(self.error + self.evidence.ball_error[arithmetic])
+            self.largest_radius = math.sqrt(math.prod(self.network.input_shape)) * (1 - 2.0**-50)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Certificate:
@@ -92,12 +123,13 @@ class MarginCertifier:
             logits = self.network(images.double())
         labels = logits.argmax(dim=1)
         margin = logits.gather(1, labels[:, None]) - logits
-        error = self.evidence.margin_error.to(logits.device)[labels]
+        error = self.error.to(logits.device)[labels]
         # Every step rounds towards a smaller radius: numerator down, denominator up, quotient down.
         numerator = _down(margin - error)
         ratio = _down(numerator / self._denominator().to(logits.device)[labels])
         ratio.scatter_(1, labels[:, None], math.inf)
         radius, rival = ratio.min(dim=1)
+        radius = radius.clamp(max=self.largest_radius)
         proved = torch.isfinite(logits).all(dim=1) & (radius > 0)
         rival = rival[:, None]
         return Certificate(
@@ -108,18 +140,20 @@ class MarginCertifier:
             norm=2.0,
             kind="deterministic",
             confidence=1.0,
-            semantics="real",
+            semantics=self.semantics,
+            arithmetic=self.arithmetic,
             lipschitz=self.evidence.body,
             model_sha256=self.model_sha256,
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return the evidence for `certificate.json`."""
+        """Return the evidence for `certificate.json`, for both semantics."""
         evidence = self.evidence
         return {
             "kind": "deterministic",
-            "semantics": "real",
-            "certificate": "r = min_j (f_y - f_j - margin_error[y][j]) / (lipschitz.bound * head_distances[y][j])",
+            "semantics": ["real", "deployed"],
+            "certificate": "r = min_j (f_y - f_j - E[y][j]) / (lipschitz.bound * head_distances[y][j]), "
+            "E = margin_error, and for deployed margin_error + ball_error[arithmetic]",
             "lipschitz": {"bound": evidence.body.value, "proof": evidence.body.proof},
             "layers": [
                 {"name": name, "bound": bound.value, "proof": bound.proof, "statement": PROOFS[bound.proof]}
@@ -127,6 +161,7 @@ class MarginCertifier:
             ],
             "head_distances": evidence.distances.tolist(),
             "margin_error": evidence.margin_error.tolist(),
+            "ball_error": {name: table.tolist() for name, table in evidence.ball_error.items()},
             "feature_norm": evidence.feature_norm,
             "feature_error": evidence.feature_error,
             "arithmetic": "float64",
@@ -146,16 +181,25 @@ def prove(network: LipschitzNetwork) -> Evidence:
     """
     layers = tuple((name, layer.lipschitz_bound()) for name, layer in network.named_layers())
     body = LipschitzBound.compose(*(bound for _, bound in layers))
-    # Images lie in [0, 1]^n, so their norm is at most sqrt(n).
-    start = RoundingState(norm=sqrt_up(float(math.prod(network.input_shape))), error=0.0, unit=_U)
-    state = network.rounding(start)
     distances = head_distances(network.head.weight)
-    errors = _margin_errors(network.head.weight, network.head.bias, state, distances)
+    # Images lie in [0, 1]^n, so their norm is at most sqrt(n).
+    longest = sqrt_up(float(math.prod(network.input_shape)))
+
+    def evaluate(norm: float, unit: float) -> tuple[RoundingState, Tensor]:
+        state = network.rounding(RoundingState(norm=norm, error=0.0, unit=unit))
+        return state, _margin_errors(network.head.weight, network.head.bias, state, distances)
+
+    state, errors = evaluate(longest, _U)
+    ball_error = {}
+    for name, dtype in ARITHMETIC.items():
+        with contextlib.suppress(UnsoundError):
+            ball_error[name] = evaluate(2 * longest, UNIT_ROUNDOFF[dtype])[1]
     return Evidence(
         layers=layers,
         body=body,
         distances=distances,
         margin_error=errors,
+        ball_error=ball_error,
         feature_norm=state.norm,
         feature_error=state.error,
     )
@@ -183,7 +227,7 @@ def _margin_errors(rows: Tensor, bias: Tensor, state: RoundingState, distances: 
     """
     channels = rows.shape[1]
     size = add_up(state.norm, state.error)
-    rounding = gamma(channels + 2, _U)
+    rounding = gamma(channels + 2, state.unit)
     logit = torch.tensor(
         [
             mul_up(rounding, add_up(mul_up(norm_up(row), size), abs(float(constant))))
@@ -191,7 +235,8 @@ def _margin_errors(rows: Tensor, bias: Tensor, state: RoundingState, distances: 
         ],
         dtype=torch.float64,
     )
-    table = _up(_up(distances.cpu() * state.error) + _up(logit.unsqueeze(1) + logit))
+    rounded = _up(_up(logit.unsqueeze(1) + logit) + state.underflow)
+    table = _up(_up(distances.cpu() * state.error) + rounded)
     if not bool(torch.isfinite(table).all()):
         raise UnsoundError(
             "the head holds NaN, infinity or numbers that overflow; nothing can be proved about it"

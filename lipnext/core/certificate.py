@@ -19,6 +19,8 @@ from lipnext.core.errors import DataError, UnsoundError
 from lipnext.core.files import atomic_write
 from lipnext.core.rounding import fraction_down
 
+Semantics = Literal["real", "deployed"]
+
 
 # Without eq=False the generated comparison would ask a tensor for one truth value.
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +34,8 @@ class Certificate:
         kind: whether the radius holds for certain or with `confidence`.
         confidence: 1.0 if and only if deterministic, else in (0, 1).
         semantics: "real" speaks of the real-arithmetic network with the stored weights, "deployed" of the
-            executed program.
+            program that evaluates them.
+        arithmetic: of that program, "float64", "float32" or "float16"; what computes the margins is always float64.
         slack: float64 (n,), the bound on the floating-point error that was subtracted from the margin.
         margin: float64 (n,), computed logit of the label less the closest rival, before the slack; 0 where a
             logit is not finite.
@@ -49,7 +52,8 @@ class Certificate:
     norm: float
     kind: Literal["deterministic", "probabilistic"]
     confidence: float
-    semantics: Literal["real", "deployed"]
+    semantics: Semantics
+    arithmetic: str = "float64"
     slack: Tensor
     margin: Tensor
     lipschitz: LipschitzBound | None
@@ -59,8 +63,7 @@ class Certificate:
         self._check_tensors()
         norm_label(self.norm)
         self._check_evidence()
-        if self.semantics not in ("real", "deployed"):
-            raise UnsoundError(f"certificate: semantics must be 'real' or 'deployed', got {self.semantics!r}")
+        check_semantics(self.semantics, self.arithmetic)
         if not (isinstance(self.model_sha256, str) and re.fullmatch("[0-9a-f]{64}", self.model_sha256)):
             raise UnsoundError(
                 f"certificate: model_sha256 must be 64 hexadecimal digits, got {self.model_sha256!r}; "
@@ -148,7 +151,7 @@ class Certificate:
         return labels.to(self.label.device)
 
     def summary(self, labels: Tensor, eps: Mapping[str, Fraction]) -> dict[str, Any]:
-        """Return the table that `lipnext certify --json` prints; shares in [0, 1].
+        """Return the table that `lipnext certify --json` prints; shares in [0, 1], median margin, largest float error.
 
         Args:
             labels: int64 (n,), the true classes.
@@ -167,6 +170,9 @@ class Certificate:
             "norm": norm_label(self.norm),
             "kind": self.kind,
             "semantics": self.semantics,
+            "arithmetic": self.arithmetic,
+            "margin": self.margin.median().item(),
+            "float_error": self.slack.max().item(),
             "model_sha256": self.model_sha256,
         }
 
@@ -182,6 +188,7 @@ class Certificate:
             "kind": self.kind,
             "confidence": self.confidence,
             "semantics": self.semantics,
+            "arithmetic": self.arithmetic,
             "model_sha256": self.model_sha256,
         }
         columns = (self.label.tolist(), self.radius.tolist(), self.margin.tolist(), self.slack.tolist())
@@ -217,7 +224,7 @@ class Certificate:
         """
         known = [] if labels is None else ["label", "correct"]
         numbers = ["idx", *known, "pred", "radius", "margin", "slack"]
-        names = [*numbers, "norm", "kind", "confidence", "semantics", "model_sha256"]
+        names = [*numbers, "norm", "kind", "confidence", "semantics", "arithmetic", "model_sha256"]
         with atomic_write(path) as file:
             # The csv module writes floats by repr, the shortest text that reads back to the same float.
             writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -234,7 +241,7 @@ class Certificate:
         if not parts:
             raise UnsoundError("nothing to join: pass at least one certificate")
         first = parts[0]
-        shared = ("norm", "kind", "confidence", "semantics", "model_sha256", "lipschitz")
+        shared = ("norm", "kind", "confidence", "semantics", "arithmetic", "model_sha256", "lipschitz")
         for name in shared:
             for part in parts[1:]:
                 if getattr(part, name) != getattr(first, name):
@@ -251,8 +258,25 @@ class Certificate:
             kind=first.kind,
             confidence=first.confidence,
             semantics=first.semantics,
+            arithmetic=first.arithmetic,
             lipschitz=first.lipschitz,
             model_sha256=first.model_sha256,
+        )
+
+
+def check_semantics(semantics: str, arithmetic: str) -> None:
+    """Refuse a semantics that is not known, and an arithmetic that it does not speak of.
+
+    Raises:
+        UnsoundError: one line.
+    """
+    if semantics not in ("real", "deployed"):
+        raise UnsoundError(f"certificate: semantics must be 'real' or 'deployed', got {semantics!r}")
+    allowed = ("float64",) if semantics == "real" else ("float64", "float32", "float16")
+    if arithmetic not in allowed:
+        raise UnsoundError(
+            f"certificate: arithmetic must be one of {', '.join(allowed)} for semantics {semantics!r}, got "
+            f"{arithmetic!r}; only a deployed program executes in another type"
         )
 
 

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from lipnext.core.certificate import Certificate
+from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import ConfigError
 from lipnext.core.files import sha256_tensors
 from lipnext.core.guard import check_certifiable, check_images
@@ -73,7 +73,13 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def certify(
-        self, images: Tensor, batch_size: int = 512, progress: Callable[[int], None] | None = None
+        self,
+        images: Tensor,
+        batch_size: int = 512,
+        progress: Callable[[int], None] | None = None,
+        *,
+        semantics: Semantics = "real",
+        arithmetic: str = "float64",
     ) -> Certificate:
         """Return proved radii; the bounds are proved on the first call and whenever the weights changed.
 
@@ -81,6 +87,9 @@ class Classifier(nn.Module):
             images: float32 or float64 (n, C, H, W) in [0, 1], n >= 0.
             batch_size: images that are evaluated together; decides the memory, never the proof.
             progress: called after each batch with the number of images in it.
+            semantics: "real" for the real-arithmetic network with the stored weights, "deployed" for the program that
+                evaluates them.
+            arithmetic: in which that program runs; the labels of a float64 one are those returned here.
 
         Returns:
             The certificate of the n samples, in order.
@@ -94,7 +103,7 @@ class Classifier(nn.Module):
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         check_images(images, self.input_shape)
         check_certifiable(self.net)
-        certifier = self._certifier()
+        certifier = self._certifier(semantics, arithmetic)
         device = next(self.net.parameters(), images).device
         parts = []
         # An empty batch goes through the certifier too: the empty certificate needs its norm and bound.
@@ -105,15 +114,15 @@ class Classifier(nn.Module):
                 progress(len(batch))
         return Certificate.cat(parts)
 
-    def _certifier(self) -> Certifier:
+    def _certifier(self, semantics: Semantics, arithmetic: str) -> Certifier:
         """Return the certifier of the present weights, proving again where anything changed.
 
         The weights are hashed each time. Version counters would be cheaper, but a write through `.data` or a
         NumPy view does not move them, and a stale bound is an unsound one.
         """
         tensors = dict(self.net.named_parameters()) | dict(self.net.named_buffers())
-        state = sha256_tensors(tensors) + repr(self.net)
+        state = sha256_tensors(tensors) + repr(self.net) + semantics + arithmetic
         if self._proved is None or self._proved[0] != state:
             self._proved = None  # The old certifier's float64 weights are freed before new ones are made.
-            self._proved = (state, self.make_certifier(self.net))
+            self._proved = (state, self.make_certifier(self.net, semantics, arithmetic))
         return self._proved[1]

@@ -188,7 +188,8 @@ class CertifySpec(_Section):
     section: ClassVar[str] = "certify"
 
     eps: EpsTexts = ("36/255", "72/255", "108/255")
-    semantics: Literal["real"] = "real"
+    semantics: Literal["real", "deployed"] = "real"
+    arithmetic: Literal["float64", "float32"] = "float64"
     batch_size: AtLeastOne = 512
 
 

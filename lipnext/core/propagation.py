@@ -1,7 +1,7 @@
 """How one operation moves the pair (norm, error) of a float64 or float32 evaluation (soundness analysis 5.4, step 3).
 
 `state.norm` bounds the exact activations of one sample from above, `state.error` the l2 distance between computed and exact
-ones. Every bound holds for any order of summation, with or without fused multiply-add.
+ones. Every bound holds for any order of summation, with or without fused multiply-add, as long as subnormal numbers are kept.
 """
 
 import math
@@ -31,7 +31,7 @@ def after_product(state: RoundingState, terms: int, bound: float, absolute: floa
     `error' = bound error + gamma absolute (norm + error)`.
     """
     rounding = mul_up(gamma(terms, state.unit), mul_up(absolute, add_up(state.norm, state.error)))
-    error = add_up(mul_up(bound, state.error), rounding)
+    error = add_up(add_up(mul_up(bound, state.error), rounding), state.underflow)
     return RoundingState(norm=mul_up(bound, state.norm), error=error, unit=state.unit)
 
 
@@ -43,11 +43,13 @@ def after_affine(
     In every component the error is at most `gamma_(terms + 1) (|W| |x| + |b|)`.
     """
     size = add_up(mul_up(absolute, add_up(state.norm, state.error)), shift_norm)
-    error = add_up(mul_up(bound, state.error), mul_up(gamma(terms + 1, state.unit), size))
+    rounding = add_up(mul_up(gamma(terms + 1, state.unit), size), state.underflow)
+    error = add_up(mul_up(bound, state.error), rounding)
     return RoundingState(norm=add_up(mul_up(bound, state.norm), shift_norm), error=error, unit=state.unit)
 
 
 def after_pooling(state: RoundingState, window: int) -> RoundingState:
     """A root of a sum of `window` squares: 1-Lipschitz, relative error below `gamma_(window + 2)`."""
     rounding = mul_up(gamma(window + 2, state.unit), add_up(state.norm, state.error))
-    return RoundingState(norm=state.norm, error=add_up(state.error, rounding), unit=state.unit)
+    error = add_up(add_up(state.error, rounding), state.underflow)
+    return RoundingState(norm=state.norm, error=error, unit=state.unit)

@@ -16,6 +16,15 @@ from lipnext.core.errors import UnsoundError
 
 UNIT_ROUNDOFF: dict[torch.dtype, float] = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
 
+# By unit roundoff: what all underflows in one layer can add to the l2 error of one sample. A product loses at most half of the
+# smallest subnormal number, 2^-1075 or 2^-150, and the root of a sum of squares at most the root of what was lost;
+# the constants are above 2^28 times that root.
+UNDERFLOW = {2.0**-53: 2.0**-500, 2.0**-24: 2.0**-46}
+
+# By unit roundoff: activations up to this size square and add up without overflow, 2^28 of them and more. Partial sums of a
+# product are covered too: their size times the unit roundoff enters the error, which has the same limit.
+LARGEST = {2.0**-53: 2.0**450, 2.0**-24: 2.0**45}
+
 
 @dataclass(frozen=True)
 class RoundingState:
@@ -24,15 +33,20 @@ class RoundingState:
     Attributes:
         norm: bound from above on ||x||_2 of the exact activations of one sample.
         error: bound from above on the l2 distance between the computed and the exact activations.
-        unit: unit roundoff of the arithmetic, `UNIT_ROUNDOFF[dtype]`.
+        unit: unit roundoff of the arithmetic, `UNIT_ROUNDOFF[dtype]`; with subnormal numbers kept.
 
     Raises:
-        UnsoundError: where one of the three is not finite or negative.
+        UnsoundError: where one of the three is not finite or negative, or the activations may overflow.
     """
 
     norm: float
     error: float
     unit: float
+
+    @property
+    def underflow(self) -> float:
+        """What underflow can add to the error in one layer."""
+        return UNDERFLOW[self.unit]
 
     def __post_init__(self) -> None:
         for name in ("norm", "error", "unit"):
@@ -42,6 +56,13 @@ class RoundingState:
                     f"rounding state: {name} must be finite and not negative, got {value!r}; "
                     "the activations may overflow, check the weights"
                 )
+        if self.unit not in LARGEST:
+            raise UnsoundError(f"rounding state: unit must be that of float64 or float32, got {self.unit!r}")
+        if self.norm + self.error > LARGEST[self.unit]:
+            raise UnsoundError(
+                f"rounding state: activations of norm {self.norm:g} with error {self.error:g} may overflow; "
+                "check the weights, or use float64"
+            )
 
 
 def up(x: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lipnext.core.bound import norm_label
-from lipnext.core.certificate import Certificate
+from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import Experiment
 
@@ -22,8 +22,13 @@ class Certifier(Protocol):
         """Return what was proved, for `certificate.json`: plain numbers, text, lists and dictionaries."""
 
 
-MakeCertifier = Callable[[nn.Module], Certifier]
-"""Proves the bounds of a network once and returns its certifier."""
+class MakeCertifier(Protocol):
+    """Proves the bounds of a network once and returns its certifier."""
+
+    def __call__(
+        self, net: nn.Module, /, semantics: Semantics = "real", arithmetic: str = "float64"
+    ) -> Certifier:
+        """Prove for what the certificate shall speak of; refuse what this kind of certificate cannot prove."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

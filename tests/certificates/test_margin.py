@@ -538,3 +538,80 @@ def test_mutant_weight_off_the_manifold_is_paid_for():
     with torch.no_grad():
         net.body[2].rotation[0, 0] += 1e-3 * net.body[2].rotation[0, 0].sign()
     assert MarginCertifier(net).evidence.body.value > before + 1e-5
+
+
+# ---- Deployed semantics
+
+
+def test_deployed_radii_lose_next_to_nothing_in_float64_and_more_in_float32() -> None:
+    net, images = _net(), _images(64)
+    real = MarginCertifier(net)(images)
+    float64 = MarginCertifier(net, "deployed")(images)
+    float32 = MarginCertifier(net, "deployed", "float32")(images)
+    assert (float32.semantics, float32.arithmetic) == ("deployed", "float32")
+    sure = real.radius > 0.01
+    assert bool(sure.any())
+    assert bool((float64.radius < real.radius)[sure].all())
+    assert bool((float64.radius > real.radius * (1 - 1e-9))[sure].all())
+    assert bool((float32.radius < float64.radius)[sure].all())
+    assert bool((float32.radius > real.radius * 0.9)[sure].all())
+
+
+@pytest.mark.parametrize("arithmetic", ["float64", "float32"])
+def test_executed_margins_stay_within_the_ball_error_on_the_whole_ball(arithmetic: str) -> None:
+    """Points up to sqrt(n) away from images; the exact network is evaluated in rationals, its pooling in float64."""
+    net = _net()
+    certifier = MarginCertifier(net, "deployed", arithmetic)
+    dtype = margin.ARITHMETIC[arithmetic]
+    g = torch.Generator().manual_seed(3)
+    direction = torch.randn(200, 16, generator=g)
+    direction = direction / direction.norm(dim=1, keepdim=True) * 4 * torch.rand(200, 1, generator=g)
+    points = (_images(200) + direction.view(200, 1, 4, 4)).to(dtype)
+    executed = net.materialise().to(dtype)(points).double()
+    exact = certifier.network(
+        points.double()
+    )  # off by 1e-15 itself, which the table allows for many times over
+    difference = (executed[:, :, None] - executed[:, None]) - (exact[:, :, None] - exact[:, None])
+    bound = certifier.evidence.ball_error[arithmetic]
+    assert bool((difference.abs() <= bound).all())
+    if arithmetic == "float32":
+        assert difference.abs().max() > 1e-3 * bound.max()  # it measures something
+
+
+def test_a_label_that_float32_execution_changes_is_not_certified_as_deployed_in_float32() -> None:
+    """Logits near 1000 with margins of 1e-5: the float32 program rounds them to ties and worse."""
+    g = torch.Generator().manual_seed(0)
+    changed = 0
+    for _ in range(100):
+        rows, image = torch.randn(2, 3, generator=g).float(), torch.rand(3, generator=g).float()
+        bias = (1000 - rows @ image).float()
+        net = _linear(rows, bias)
+        batch = image.view(1, 1, 1, 3)
+        real, deployed = MarginCertifier(net)(batch), MarginCertifier(net, "deployed", "float32")(batch)
+        executed = net(batch).argmax(1)
+        assert deployed.radius.item() == 0
+        changed += int(real.radius.item() > 0 and executed.item() != real.label.item())
+    assert changed > 5  # what `real` does not promise does happen
+
+
+def test_a_deployed_radius_ends_where_the_error_was_bounded() -> None:
+    rows, bias = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([100.0, 0.0])
+    image = torch.zeros(1, 1, 1, 2)
+    assert MarginCertifier(_linear(rows, bias))(image).radius.item() > 70
+    radius = MarginCertifier(_linear(rows, bias), "deployed")(image).radius.item()
+    assert math.sqrt(2) * (1 - 1e-12) < radius < math.sqrt(2)
+
+
+def test_what_cannot_be_deployed_is_refused() -> None:
+    with pytest.raises(UnsoundError, match="needs weights stored in float32, got float64 ones"):
+        MarginCertifier(_net(torch.float64), "deployed", "float32")
+    with pytest.raises(UnsoundError, match="arithmetic must be one of float64 for semantics 'real'"):
+        MarginCertifier(_net(), "real", "float32")
+    with pytest.raises(UnsoundError, match="rounding of a program in float16 cannot be bounded"):
+        MarginCertifier(_net(), "deployed", "float16")
+    net = _net()
+    with torch.no_grad():
+        net.body[2].bias.fill_(1e15)  # overflows when squared in float32, not in float64
+    assert len(MarginCertifier(net, "deployed")(_images(2))) == 2
+    with pytest.raises(UnsoundError, match="rounding of a program in float32 cannot be bounded"):
+        MarginCertifier(net, "deployed", "float32")

@@ -112,6 +112,8 @@ def test_certified_refuses_bad_eps() -> None:
         ({"kind": "probabilistic", "confidence": 0.0}, r"got 0\.0 for a probabilistic one"),
         ({"kind": "probabilistic", "confidence": math.nan}, "got nan for a probabilistic one"),
         ({"semantics": "float"}, "semantics must be 'real' or 'deployed', got 'float'"),
+        ({"arithmetic": "float32"}, "arithmetic must be one of float64 for semantics 'real', got 'float32'"),
+        ({"semantics": "deployed", "arithmetic": "bfloat16"}, "arithmetic must be one of float64, float32, "),
         ({"lipschitz": 1.0}, "a proved LipschitzBound is needed, got float"),
         ({"lipschitz": None}, "a proved LipschitzBound is needed, got NoneType"),
         (
@@ -180,12 +182,15 @@ def test_summary_has_the_keys_of_the_command_line() -> None:
         "norm": "l2",
         "kind": "deterministic",
         "semantics": "real",
+        "arithmetic": "float64",
+        "margin": certificate().margin.median().item(),
+        "float_error": certificate().slack.max().item(),
         "model_sha256": "0" * 64,
     }
 
 
 FIELDS = ["idx", "label", "correct", "pred", "radius", "margin", "slack"]
-COMMON = ["norm", "kind", "confidence", "semantics", "model_sha256"]
+COMMON = ["norm", "kind", "confidence", "semantics", "arithmetic", "model_sha256"]
 
 
 @settings(max_examples=25)
@@ -233,6 +238,7 @@ def test_cat_joins_in_order() -> None:
         ({"norm": math.inf, "lipschitz": LipschitzBound(value=1.0, norm=math.inf, proof="exact")}, "norm"),
         ({"kind": "probabilistic", "confidence": 0.9}, "kind"),
         ({"semantics": "deployed"}, "semantics"),
+        ({"semantics": "deployed", "arithmetic": "float32"}, "semantics"),
         ({"model_sha256": "1" * 64}, "model_sha256"),
         ({"lipschitz": LipschitzBound(value=1.5, norm=2.0, proof="product")}, "lipschitz"),
     ],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lipnext.core.bound import LipschitzBound
-from lipnext.core.certificate import Certificate
+from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.classifier import Classifier
 from lipnext.core.errors import ConfigError, DataError, UnsoundError
 from lipnext.core.files import sha256_tensors
@@ -23,7 +23,9 @@ class Prover:
     def __init__(self) -> None:
         self.proofs = 0
 
-    def __call__(self, net: nn.Module) -> Certifier:
+    def __call__(
+        self, net: nn.Module, semantics: Semantics = "real", arithmetic: str = "float64"
+    ) -> Certifier:
         self.proofs += 1
         frozen = copy.deepcopy(net).double()
         digest = sha256_tensors(frozen.state_dict())
@@ -37,7 +39,8 @@ class Prover:
                 norm=2.0,
                 kind="deterministic",
                 confidence=1.0,
-                semantics="real",
+                semantics=semantics,
+                arithmetic=arithmetic,
                 slack=torch.zeros_like(margin),
                 margin=margin,
                 lipschitz=LipschitzBound(value=1.0, norm=2.0, proof="exact"),
@@ -72,6 +75,16 @@ def test_an_empty_batch_gives_an_empty_certificate() -> None:
     model, _ = classifier()
     assert len(model.certify(images(0))) == 0
     assert model.predict(images(0)).shape == (0,)
+
+
+def test_each_semantics_has_its_own_proof() -> None:
+    model, prover = classifier()
+    batch = images()
+    assert model.certify(batch).semantics == "real"
+    deployed = model.certify(batch, semantics="deployed", arithmetic="float32")
+    assert (deployed.semantics, deployed.arithmetic) == ("deployed", "float32")
+    assert model.certify(batch).semantics == "real"
+    assert prover.proofs == 3  # one is kept, not one a semantics: each holds a copy of the weights
 
 
 def test_forward_and_predict() -> None:
@@ -165,7 +178,7 @@ def test_a_failed_proof_is_not_remembered() -> None:
     model.certify(images())
     change_in_place(model.net)
 
-    def refuse(net: nn.Module) -> Certifier:
+    def refuse(net: nn.Module, semantics: Semantics = "real", arithmetic: str = "float64") -> Certifier:
         raise UnsoundError("unknown module")
 
     model.make_certifier = refuse

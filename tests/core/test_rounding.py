@@ -105,3 +105,21 @@ def test_gamma_refuses_what_has_no_bound() -> None:
 def test_rounding_state_refuses_unusable_numbers(name: str, bad: float) -> None:
     with pytest.raises(UnsoundError, match=f"{name} must be finite and not negative, got"):
         RoundingState(**({"norm": 1.0, "error": 0.0, "unit": 2.0**-53} | {name: bad}))
+
+
+def test_rounding_state_refuses_what_may_overflow_and_other_arithmetics() -> None:
+    assert RoundingState(norm=1e13, error=0.0, unit=2.0**-24).underflow == 2.0**-46
+    with pytest.raises(
+        UnsoundError, match=r"norm 1e\+14 with error 0 may overflow; check the weights, or use"
+    ):
+        RoundingState(norm=1e14, error=0.0, unit=2.0**-24)
+    assert RoundingState(norm=1e14, error=0.0, unit=2.0**-53).norm == 1e14
+    with pytest.raises(UnsoundError, match=r"unit must be that of float64 or float32, got 0\.001"):
+        RoundingState(norm=1.0, error=0.0, unit=0.001)
+
+
+def test_underflow_is_covered_for_every_size_of_layer() -> None:
+    for dtype, unit in UNIT_ROUNDOFF.items():
+        state = RoundingState(norm=1.0, error=0.0, unit=unit)
+        lost = Fraction(torch.finfo(dtype).smallest_normal) * Fraction(unit)  # half the smallest subnormal
+        assert Fraction(state.underflow) ** 2 >= lost * 2**56
