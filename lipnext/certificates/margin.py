@@ -7,9 +7,9 @@ For a network `f = W g + c` whose body `g` has a proved l2 bound `K`, the label 
 where `E_yj` bounds the floating-point error of the computed margin in float64 (soundness analysis 5.4).
 
 Semantics `real`: the statement is about the real-arithmetic network with exactly the stored weights, on the closed ball around
-the stored image. Semantics `deployed`: it is about the program that evaluates the stored weights in float64 or float32, with
-any order of summation, at every point of the ball that this type represents; `E_yj` then also holds the error of that evaluation at
-*every* point of the ball. Radii are at most `sqrt(n)`, n the number of inputs, so that no point of the ball is longer than
+the stored image. Semantics `deployed`: it is about the program that evaluates the stored weights in float64 or float32, with any
+order of summation, at every point of the ball that this type represents; `E_yj` then also holds the error of that evaluation
+at *every* point of the ball. Radii are at most `sqrt(n)`, n the number of inputs, so that no point of the ball is longer than
 `2 sqrt(n)`; the error is bounded for inputs of that norm.
 """
 
@@ -43,8 +43,6 @@ class Evidence:
         body: K, the product of the layers' bounds, rounded up.
         distances: `||w_i - w_j||` of the stored rows, rounded up, shape `(k, k)`, float64.
         margin_error: bound on the float64 error of the margin between i and j for any image in [0, 1], shape `(k, k)`.
-        ball_error: by arithmetic, a bound on the error of the executed margin for any input up to twice as long, `(k, k)`;
-            an arithmetic whose rounding cannot be bounded is missing.
         feature_norm: bound on the norm of the features for any image in [0, 1].
         feature_error: bound on the l2 error of the features computed in float64.
     """
@@ -53,7 +51,6 @@ class Evidence:
     body: LipschitzBound
     distances: Tensor
     margin_error: Tensor
-    ball_error: dict[str, Tensor]
     feature_norm: float
     feature_error: float
 
@@ -89,6 +86,10 @@ class MarginCertifier:
                 "lipnext.nn.head.UnitRowHead"
             )
         frozen = network.materialise()
+        if arithmetic not in ARITHMETIC:
+            raise UnsoundError(
+                f"a program in {arithmetic} cannot be certified; deploy in one of {', '.join(ARITHMETIC)}"
+            )
         if arithmetic == "float32" and any(p.dtype != torch.float32 for p in frozen.parameters()):
             raise UnsoundError(
                 "a program in float32 needs weights stored in float32, got float64 ones; store net.float() or "
@@ -101,11 +102,7 @@ class MarginCertifier:
         self.error = self.evidence.margin_error
         self.largest_radius = math.inf
         if semantics == "deployed":
-            if arithmetic not in self.evidence.ball_error:
-                raise UnsoundError(
-                    f"the rounding of a program in {arithmetic} cannot be bounded for this network; deploy in float64"
-                )
-            self.error = _up(self.error + self.evidence.ball_error[arithmetic])
+            self.error = _up(self.error + ball_error(self.network, self.evidence.distances, arithmetic))
             self.largest_radius = math.sqrt(math.prod(self.network.input_shape)) * (1 - 2.0**-50)
 
     @torch.no_grad()
@@ -147,8 +144,11 @@ class MarginCertifier:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return the evidence for `certificate.json`, for both semantics."""
-        evidence = self.evidence
+        """Return the evidence for `certificate.json`, for both semantics; an arithmetic without a bound is left out."""
+        evidence, tables = self.evidence, {}
+        for arithmetic in ARITHMETIC:
+            with contextlib.suppress(UnsoundError):
+                tables[arithmetic] = ball_error(self.network, evidence.distances, arithmetic).tolist()
         return {
             "kind": "deterministic",
             "semantics": ["real", "deployed"],
@@ -161,7 +161,7 @@ class MarginCertifier:
             ],
             "head_distances": evidence.distances.tolist(),
             "margin_error": evidence.margin_error.tolist(),
-            "ball_error": {name: table.tolist() for name, table in evidence.ball_error.items()},
+            "ball_error": tables,
             "feature_norm": evidence.feature_norm,
             "feature_error": evidence.feature_error,
             "arithmetic": "float64",
@@ -183,26 +183,42 @@ def prove(network: LipschitzNetwork) -> Evidence:
     body = LipschitzBound.compose(*(bound for _, bound in layers))
     distances = head_distances(network.head.weight)
     # Images lie in [0, 1]^n, so their norm is at most sqrt(n).
-    longest = sqrt_up(float(math.prod(network.input_shape)))
-
-    def evaluate(norm: float, unit: float) -> tuple[RoundingState, Tensor]:
-        state = network.rounding(RoundingState(norm=norm, error=0.0, unit=unit))
-        return state, _margin_errors(network.head.weight, network.head.bias, state, distances)
-
-    state, errors = evaluate(longest, _U)
-    ball_error = {}
-    for name, dtype in ARITHMETIC.items():
-        with contextlib.suppress(UnsoundError):
-            ball_error[name] = evaluate(2 * longest, UNIT_ROUNDOFF[dtype])[1]
+    state, errors = _evaluation_errors(network, distances, _longest_image(network), _U)
     return Evidence(
         layers=layers,
         body=body,
         distances=distances,
         margin_error=errors,
-        ball_error=ball_error,
         feature_norm=state.norm,
         feature_error=state.error,
     )
+
+
+def ball_error(network: LipschitzNetwork, distances: Tensor, arithmetic: str) -> Tensor:
+    """Bound the error of the executed margins for any input up to twice as long as an image, shape `(k, k)`.
+
+    Args:
+        network: materialised, float64.
+        distances: `head_distances` of its head.
+        arithmetic: a key of `ARITHMETIC`, in which the program runs.
+
+    Raises:
+        UnsoundError: if there is no bound.
+    """
+    longest = 2 * _longest_image(network)
+    return _evaluation_errors(network, distances, longest, UNIT_ROUNDOFF[ARITHMETIC[arithmetic]])[1]
+
+
+def _evaluation_errors(
+    network: LipschitzNetwork, distances: Tensor, longest: float, unit: float
+) -> tuple[RoundingState, Tensor]:
+    """Return norm and error of the features, and the error of the margins, for inputs of norm at most `longest`."""
+    state = network.rounding(RoundingState(norm=longest, error=0.0, unit=unit))
+    return state, _margin_errors(network.head.weight, network.head.bias, state, distances)
+
+
+def _longest_image(network: LipschitzNetwork) -> float:
+    return sqrt_up(float(math.prod(network.input_shape)))
 
 
 def head_distances(rows: Tensor) -> Tensor:
