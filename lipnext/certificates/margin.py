@@ -6,11 +6,11 @@ For a network `f = W g + c` whose body `g` has a proved l2 bound `K`, the label 
 
 where `E_yj` bounds the floating-point error of the computed margin in float64 (soundness analysis 5.4).
 
-Semantics `real`: the statement is about the real-arithmetic network with exactly the stored weights, on the closed ball around
-the stored image. Semantics `deployed`: it is about the program that evaluates the stored weights in float64 or float32, with any
-order of summation, at every point of the ball that this type represents; `E_yj` then also holds the error of that evaluation
-at *every* point of the ball. Radii are at most `sqrt(n)`, n the number of inputs, so that no point of the ball is longer than
-`2 sqrt(n)`; the error is bounded for inputs of that norm.
+Semantics `real`: the statement is about the real-arithmetic network with exactly the stored weights, on the closed ball
+around the stored image. Semantics `deployed`: it is about the program that evaluates the stored weights in float64 or
+float32, with any order of summation, at every point of the ball that this type represents; `E_yj` then also holds the error
+of that evaluation at *every* point of the ball. Radii are at most `sqrt(n)`, n the number of inputs, so that no point of the
+ball is longer than `2 sqrt(n)`; the error is bounded for inputs of that norm.
 """
 
 import contextlib
