@@ -2,9 +2,11 @@
 
     python benchmarks/manifold_step.py --json
 
-All move the same 64 matrices of 512 x 512 with the same gradients. `exact` is the same Adam written plainly, all matrices in
-one batch and torch.linalg.matrix_exp; `exact_in_stacks` is ours with that exponential in place of FastExp; geoopt is RiemannianAdam on its default Stiefel manifold (canonical metric), and on the Euclidean one; geotorch
-is a parametrised SO(n) with Adam, where the cost is the forward and backward pass through the parametrisation.
+All move the same 64 matrices of 512 x 512 with the same gradients. `exact` is the same Adam written plainly, all
+matrices in one batch and torch.linalg.matrix_exp; `exact_in_stacks` is ours with that exponential in place of
+FastExp; geoopt is RiemannianAdam on its default Stiefel manifold (canonical metric), and on the Euclidean one;
+geotorch is a parametrised SO(n) with Adam, where the cost is the forward and backward pass through the
+parametrisation.
 """
 
 import argparse

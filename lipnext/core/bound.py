@@ -17,6 +17,12 @@ PROOFS: dict[str, str] = {
     "sum": "The constant of a sum is at most the sum of the constants, rounded up.",
     "scaling": "The map multiplies by a constant, whose absolute value is the Lipschitz constant.",
     "collatz-wielandt": "||A|| <= max_i (A v)_i / v_i for a non-negative symmetric A and any positive v.",
+    "transfer-matrix": "A convolution is part of one on a torus, whose norm is that of its largest transfer matrix, "
+    "bounded by its Gram matrix.",
+    "schur": "||A||^2 <= (largest row sum) (largest column sum) of the absolute values of A (Schur test).",
+    "window-overlap": "Each output is 1-Lipschitz in its window, and no input belongs to more than K^2 windows.",
+    "root-sum-square": "The square of a concatenation's constant is at most the sum of the squares of its parts'.",
+    "steepest-slope": "The map acts on every number by itself, with slopes of at most K in size.",
     "nearest-neighbour": "The distance to a fixed point set is 1-Lipschitz by the triangle inequality.",
 }
 

@@ -100,6 +100,23 @@ def absolute_norm_bound(weight: Tensor, steps: int = 4) -> float:
     return sqrt_up(add_up(ratio, _TINY))
 
 
+def nonnegative_bound(weight: Tensor, steps: int = 4) -> LipschitzBound:
+    """Bound `||W||_2` of a matrix without negative entries by Collatz-Wielandt, as `absolute_norm_bound`.
+
+    Args:
+        weight: shape `(m, n)`, any floating dtype; taken as exact.
+        steps: power iterations on `v`.
+
+    Raises:
+        UnsoundError: if an entry is negative, NaN or infinite, or squares of the entries overflow.
+    """
+    if bool((_as_exact(weight) < 0).any()):
+        raise UnsoundError(
+            "the Collatz-Wielandt bound needs a matrix without negative entries; use spectral_bound for others"
+        )
+    return LipschitzBound(value=absolute_norm_bound(weight, steps), norm=2.0, proof="collatz-wielandt")
+
+
 def estimate_spectral_norm(weight: Tensor, steps: int = 50, seed: int = 0) -> Estimate:
     """Estimate `||W||_2` by power iteration: a value from *below*, for comparison and never for a certificate."""
     w = _as_exact(weight)

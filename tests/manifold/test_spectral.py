@@ -16,6 +16,7 @@ from lipnext.manifold.spectral import (
     absolute_norm_bound,
     estimate_spectral_norm,
     near_orthogonal_bound,
+    nonnegative_bound,
     spectral_bound,
 )
 
@@ -170,6 +171,23 @@ def test_absolute_norm_bound_converges():
     # soundness analysis 5.4: three steps reach 1e-4; the largest value of a positive matrix stands alone
     assert absolute_norm_bound(w) == pytest.approx(spectral_norm(w.abs()), rel=1e-3)
     assert absolute_norm_bound(w, steps=0) > absolute_norm_bound(w)
+
+
+@given(w=small_matrices(), exponent=st.integers(-660, 500))
+@settings(max_examples=60, deadline=None)
+def test_nonnegative_bound_holds_in_exact_arithmetic(w, exponent):
+    w = w.abs() * 2.0**exponent
+    bound = nonnegative_bound(w)
+    assert is_norm_bound(w, bound.value)
+    assert bound.proof == "collatz-wielandt"
+
+
+def test_nonnegative_bound_is_tight_and_refuses_negative_entries():
+    w = haar(40).abs()
+    assert spectral_norm(w) <= nonnegative_bound(w, steps=10).value <= spectral_norm(w) * (1 + 1e-9)
+    w[3, 5] = -1e-300
+    with pytest.raises(UnsoundError, match="needs a matrix without negative entries; use spectral_bound"):
+        nonnegative_bound(w)
 
 
 def test_zero_matrices():
