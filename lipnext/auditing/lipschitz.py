@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ NEAR = (1e-3, 1e-1, 1.0)
 """Lengths of the near pairs, in pixel units."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SteepestPair:
+    """The pair with the largest ratio `||f(x) - f(x')|| / ||x - x'||` that a search has found.
+
+    Attributes:
+        estimate: that ratio, a lower bound of the Lipschitz constant up to rounding.
+        first: float64 (...), x.
+        last: float64 (...), x'.
+    """
+
+    estimate: Estimate
+    first: Tensor
+    last: Tensor
+
+
 def estimate_lipschitz(
     features: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -23,6 +39,19 @@ def estimate_lipschitz(
     norm: float = 2.0,
     progress: Callable[[int], None] | None = None,
 ) -> Estimate:
+    """Estimate the Lipschitz constant from below by the ratio of `steepest_pair`; arguments and errors as there."""
+    return steepest_pair(features, images, steps=steps, seed=seed, norm=norm, progress=progress).estimate
+
+
+def steepest_pair(
+    features: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    steps: int = 60,
+    seed: int = 0,
+    norm: float = 2.0,
+    progress: Callable[[int], None] | None = None,
+) -> SteepestPair:
     """Search for the pair with the largest `||f(x) - f(x')|| / ||x - x'||`.
 
     The starts are each image with a random neighbour at every length of `NEAR` and, where there are two
@@ -40,7 +69,7 @@ def estimate_lipschitz(
         progress: called with 1 after each step.
 
     Returns:
-        The largest ratio seen: a lower bound of the constant up to rounding, and no certificate.
+        The pair with the largest ratio seen, which is no certificate.
 
     Raises:
         DataError: where there is no image or it is not float64 (differences of near pairs would be noise).
@@ -56,7 +85,27 @@ def estimate_lipschitz(
         raise ConfigError(f"steps must be at least 1, got {steps}")
     fixed, moving = _pairs(images, seed, norm)
     best = _climb(features, fixed, moving, steps, norm, progress)
-    return Estimate(value=best, method=f"pair ascent, {len(fixed)} pairs, {steps} steps")
+    winner = int(best.ratio.argmax())
+    return SteepestPair(
+        estimate=Estimate(
+            value=best.ratio[winner].item(), method=f"pair ascent, {len(fixed)} pairs, {steps} steps"
+        ),
+        first=best.first[winner],
+        last=best.last[winner],
+    )
+
+
+class _Best:
+    """The steepest pair so far, for each start."""
+
+    def __init__(self, ratio: Tensor, first: Tensor, last: Tensor) -> None:
+        self.ratio, self.first, self.last = ratio, first, last
+
+    def offer(self, ratio: Tensor, first: Tensor, last: Tensor) -> None:
+        better = ratio > self.ratio
+        column = better.reshape(-1, *[1] * (first.dim() - 1))
+        self.ratio = torch.where(better, ratio, self.ratio)
+        self.first, self.last = torch.where(column, first, self.first), torch.where(column, last, self.last)
 
 
 def _climb(
@@ -66,11 +115,11 @@ def _climb(
     steps: int,
     norm: float,
     progress: Callable[[int], None] | None,
-) -> float:
-    """Move the pairs and return the largest ratio seen."""
+) -> _Best:
+    """Move the pairs and return the steepest ones seen."""
     step = torch.ones(len(fixed), dtype=torch.float64, device=fixed.device)
     ratio, pull = _ratio(features, fixed, moving, norm)
-    best = ratio
+    best = _Best(ratio, fixed, moving)
     for turn in range(steps):
         candidate = _move(fixed, moving, pull, step, norm)
         new_ratio, new_pull = _ratio(features, fixed, candidate, norm)
@@ -79,14 +128,14 @@ def _climb(
         column = better.reshape(-1, *[1] * (fixed.dim() - 1))
         moving, pull = torch.where(column, candidate, moving), torch.where(column, new_pull, pull)
         ratio = torch.where(better, new_ratio, ratio)
-        best = torch.maximum(best, ratio)
+        best.offer(ratio, fixed, moving)
         if turn % 4 == 3:
             moving, fixed = _steeper_half(features, fixed, moving, norm)
             ratio, pull = _ratio(features, fixed, moving, norm)
-            best = torch.maximum(best, ratio)
+            best.offer(ratio, fixed, moving)
         if progress is not None:
             progress(1)
-    return best.max().item()
+    return best
 
 
 def _pairs(images: Tensor, seed: int, norm: float) -> tuple[Tensor, Tensor]:

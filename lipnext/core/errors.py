@@ -31,6 +31,12 @@ class TrainingError(LipnextError):
     exit_code = 4
 
 
+class ViolationError(LipnextError):
+    """A claim of a certificate that an audit has refuted: an attack, a steeper pair or a recount says otherwise."""
+
+    exit_code = 5
+
+
 class UnsoundError(LipnextError):
     """A request that could put an unproved number into a certificate; always refused."""
 

@@ -6,64 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known_boundaries import Case, linear_case, sphere_case
 from torch import Tensor
 
-from lipnext.auditing.attack import (
-    AttackResult,
-    distances,
-    minimal_norm,
-    pgd,
-    rival_margin,
-    violations,
-)
+from lipnext.auditing.ascent import AttackResult, distances, rival_margin
+from lipnext.auditing.attack import minimal_norm, pgd, violations
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.certificate import Certificate
 from lipnext.core.errors import ConfigError, DataError, UnsoundError
-
-Case = tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]
-
-PIXELS = 27
-
-
-def linear_case(seed: int, norm: float = 2.0, n: int = 12, classes: int = 5) -> Case:
-    """A linear classifier: the distance to the rival j is (z_y - z_j) / ||w_y - w_j|| in the dual norm."""
-    noise = torch.Generator().manual_seed(seed)
-    weight = torch.randn(classes, PIXELS, generator=noise, dtype=torch.float64)
-    bias = 0.1 * torch.randn(classes, generator=noise, dtype=torch.float64)
-    images = torch.rand(n, 3, 3, 3, generator=noise, dtype=torch.float64)
-
-    def logits(x: Tensor) -> Tensor:
-        return x.flatten(1) @ weight.to(x.dtype).T + bias.to(x.dtype)
-
-    values = logits(images)
-    labels = values.argmax(1)
-    truth = []
-    for value, label in zip(values, labels.tolist(), strict=True):
-        dual = 1.0 if norm == math.inf else 2.0
-        rivals = [j for j in range(classes) if j != label]
-        truth.append(
-            min(float((value[label] - value[j]) / (weight[label] - weight[j]).norm(dual)) for j in rivals)
-        )
-    return logits, images, labels, torch.tensor(truth, dtype=torch.float64)
-
-
-def sphere_case(seed: int) -> Case:
-    """Concentric shells of class 0, 1, 2 around a centre with boundaries at radius 1 and 2."""
-    noise = torch.Generator().manual_seed(seed)
-    centre = torch.full((PIXELS,), 0.5, dtype=torch.float64)
-    direction = torch.nn.functional.normalize(torch.randn(12, PIXELS, generator=noise, dtype=torch.float64))
-    radius = torch.tensor(
-        [0.3, 0.7, 0.95, 1.1, 1.3, 1.45, 1.55, 1.8, 1.95, 2.1, 2.5, 3.0], dtype=torch.float64
-    )
-    images = (centre + radius[:, None] * direction).reshape(-1, 3, 3, 3)
-
-    def logits(x: Tensor) -> Tensor:
-        r = (x.flatten(1) - centre).norm(dim=1)
-        return torch.stack([1.5 - r, 0.5 + 0 * r, r - 1.5], dim=1)
-
-    truth = torch.minimum((radius - 1).abs(), (radius - 2).abs())
-    return logits, images, logits(images).argmax(1), truth
-
 
 CASES = [lambda: linear_case(0), lambda: linear_case(1), lambda: sphere_case(0)]
 
@@ -76,6 +26,35 @@ def test_minimal_norm_finds_the_true_distance_within_one_percent(case: Callable[
     assert (result.distance >= truth * (1 - 1e-12)).all()
     assert (result.distance <= truth * 1.01).all()
     assert (rival_margin(logits(result.images), labels) > 0).all()
+
+
+@pytest.mark.parametrize("case", [linear_case, sphere_case], ids=["linear", "spheres"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_linf_minimal_norm_finds_the_true_distance_within_one_percent(
+    case: Callable[[int, float], Case], seed: int
+) -> None:
+    logits, images, labels, truth = case(seed, math.inf)
+    result = minimal_norm(logits, images, labels, norm=math.inf)
+    assert result.norm == math.inf
+    assert result.success.all()
+    assert (result.distance >= truth * (1 - 1e-12)).all()
+    assert (result.distance <= truth * 1.01).all()
+    assert ((result.images - images).flatten(1).abs().amax(1) <= result.distance).all()
+
+
+def test_the_second_nearest_rival_by_linearisation_is_tried_too() -> None:
+    """The boundary of rival 1 looks nearer but bends away; that of rival 2 is the true nearest one."""
+
+    def logits(x: Tensor) -> Tensor:
+        first, second = x[:, 0], x[:, 1]
+        return torch.stack(
+            [0 * first, first - 0.5 - first.clamp_min(0.3).sub(0.3) * 0.9, second - 0.6], dim=1
+        )
+
+    images = torch.zeros(1, 2, dtype=torch.float64)
+    # Along the first axis: slope 1 up to 0.3, then 0.1, so that the margin of 0.5 vanishes at 2.3.
+    result = minimal_norm(logits, images, torch.tensor([0]))
+    assert result.distance.item() == pytest.approx(0.6, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=["linear-0", "linear-1", "spheres"])
@@ -120,6 +99,14 @@ def test_pgd_in_float32_stays_in_the_ball_as_measured_in_float64(norm: float) ->
     assert result.images.dtype == torch.float32
     assert result.success.all()
     assert (distances(images, result.images, norm) <= 1.05 * truth).all()
+
+
+@pytest.mark.parametrize("norm", [2.0, math.inf])
+def test_minimal_norm_in_float32_is_as_close(norm: float) -> None:
+    logits, images, labels, truth = linear_case(2, norm=norm)
+    result = minimal_norm(logits, images.float(), labels, norm=norm)
+    assert result.images.dtype == torch.float32
+    torch.testing.assert_close(result.distance, truth, rtol=1e-4, atol=0)
 
 
 def test_one_radius_serves_all_images_and_zero_reaches_none() -> None:
@@ -214,9 +201,10 @@ def test_a_masked_gradient_is_overcome_by_the_other_images_of_the_batch() -> Non
 
 def test_progress_counts_the_steps() -> None:
     logits, images, labels, _ = linear_case(0)
-    calls: list[int] = []
-    minimal_norm(logits, images, labels, steps=7, progress=calls.append)
-    assert sum(calls) == 7
+    for steps in (1, 2, 7):
+        calls: list[int] = []
+        minimal_norm(logits, images, labels, steps=steps, progress=calls.append)
+        assert sum(calls) == steps
 
 
 def test_an_empty_batch_has_an_empty_result() -> None:
@@ -235,6 +223,15 @@ def test_distances_are_rounded_up() -> None:
         exact = sum(Fraction(v) ** 2 for v in row)
         assert Fraction(value) ** 2 >= exact
         assert Fraction(value) ** 2 <= exact * (1 + Fraction(1, 10**12))
+
+
+def test_a_difference_whose_square_underflows_is_no_distance_of_zero() -> None:
+    images = torch.zeros(2, 3, dtype=torch.float64)
+    others = images.clone()
+    others[0, 1] = 1e-200
+    measured = distances(images, others, 2.0)
+    assert measured[0] >= 1e-200
+    assert measured[1] == 0
 
 
 def test_the_rival_margin_against_its_definition() -> None:
@@ -342,3 +339,5 @@ def test_minimal_norm_refuses_the_same() -> None:
         minimal_norm(lambda x: x, torch.rand(2, 3), torch.zeros(2))
     with pytest.raises(ConfigError, match="steps must be at least 1"):
         minimal_norm(lambda x: x, torch.rand(2, 3), torch.zeros(2, dtype=torch.int64), steps=0)
+    with pytest.raises(UnsoundError, match=r"the norm must be 2\.0 or inf"):
+        minimal_norm(lambda x: x, torch.rand(2, 3), torch.zeros(2, dtype=torch.int64), norm=1.0)

@@ -1,6 +1,13 @@
 """Hints name the closest key, and every error has an exit code for the command line."""
 
-from lipnext.core.errors import ConfigError, LipnextError, TrainingError, UnsoundError, nearest
+from lipnext.core.errors import (
+    ConfigError,
+    LipnextError,
+    TrainingError,
+    UnsoundError,
+    ViolationError,
+    nearest,
+)
 
 
 def test_nearest_leads_with_the_closest_name_and_lists_all() -> None:
@@ -9,4 +16,5 @@ def test_nearest_leads_with_the_closest_name_and_lists_all() -> None:
 
 
 def test_exit_codes() -> None:
-    assert [e.exit_code for e in (LipnextError, ConfigError, UnsoundError, TrainingError)] == [2, 2, 3, 4]
+    errors = (LipnextError, ConfigError, UnsoundError, TrainingError, ViolationError)
+    assert [e.exit_code for e in errors] == [2, 2, 3, 4, 5]
