@@ -102,7 +102,12 @@ def speed_table() -> str:
     for r in load("manifold-step.json"):
         for key, name in (
             ("speedup_vs_geoopt", "our Adam over geoopt's RiemannianAdam"),
-            ("speedup_vs_matrix_exp", "our Adam over the same with torch.matrix_exp"),
+            ("speedup_vs_geoopt_euclidean", "our Adam over geoopt's on its Euclidean manifold"),
+            ("speedup_vs_matrix_exp", "our Adam over the same with torch.linalg.matrix_exp, plainly written"),
+            (
+                "speedup_vs_matrix_exp_in_stacks",
+                "our Adam over the same with the exact exponential in our stacks",
+            ),
             ("speedup_vs_geotorch", "our Adam over geotorch's SO(n) with Adam"),
             ("muon_speedup_vs_geoopt", "Manifold Muon over geoopt's RiemannianAdam"),
             ("muon_speedup_vs_matrix_exp", "Manifold Muon over exact Adam"),
@@ -139,6 +144,78 @@ def temperature_table() -> str:
     return "\n".join(lines)
 
 
+def attacks_table() -> str:
+    """Certified accuracy below, attacked accuracy above; the truth lies between."""
+    lines = [
+        "| run | images | clean | eps | certified | attacked | inside a radius |",
+        "|" + "---|" * 7,
+    ]
+    for document in load("attacks*.json"):
+        for r in document["runs"]:
+            for eps in r["cra"]:
+                cells = [f"`{r['run']}`", str(r["n"]), floor(r["clean"]), eps, floor(r["cra"][eps])]
+                lines.append("| " + " | ".join([*cells, floor(r["attacked"][eps]), str(r["inside"])]) + " |")
+    return "\n".join(lines)
+
+
+def rounding_table() -> str:
+    """Flips that rounding causes inside certified balls."""
+    lines = ["| certificate | program | images | with a radius | labels flipped |", "|" + "---|" * 5]
+    for document in load("rounding*.json"):
+        for r in document["rows"]:
+            cells = [r["semantics"], r["program"], f"{r['n']} {r['images']}", str(r["with_radius"])]
+            lines.append("| " + " | ".join([*cells, str(r["flips"])]) + " |")
+    return "\n".join(lines)
+
+
+def bounds_table() -> str:
+    """How far proved bounds lie above exact norms."""
+    lines = ["| proof or family | layers | median excess | largest excess |", "|" + "---|" * 4]
+    for document in load("bounds.json"):
+        for group in ("excess_by_proof", "excess_by_family"):
+            for name, r in document[group].items():
+                cells = [name, str(r["layers"]), f"{r['median']:.1e}", f"{r['largest']:.1e}"]
+                lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| all: {document['below']} below the exact norm | {document['layers']} | | |")
+    return "\n".join(lines)
+
+
+def cost_table() -> str:
+    """What a certificate costs in time and radius."""
+    lines = ["| what | measured |", "|---|---|"]
+    for r in load("certify.json"):
+        what = f"certifying {r['images']} images in float64, bounds included, over a float32 forward pass"
+        lines.append(f"| {what} | {r['ratio_to_forward']:.2f} |")
+        for p in r["radius_lost"]:
+            for semantics in ("real", "deployed"):
+                lines.append(
+                    f"| share of a radius lost, `{p['preset']}`, {semantics} in float64, at most | {p[semantics]:.1e} |"
+                )
+    for r in load("bounds.json"):
+        cost = r["cost"]
+        memory = f"{cost['peak_memory_growth_mib']} MiB above the weights"
+        lines.append(f"| proving {cost['matrices']} | {cost['seconds']:.1f} s, {memory} |")
+    for r in load("corruptions.json"):
+        what = "randomly corrupted bundles that `lipnext verify` refuses"
+        lines.append(f"| {what} | {r['refused']} of {r['corrupted']} |")
+    return "\n".join(lines)
+
+
+def neighbours_table() -> str:
+    """Networks of other libraries: what they claim and what is proved."""
+    lines = [
+        "| network | constant claimed | proved | CRA 36/255 claimed | proved | proved, float32 program |",
+        "|" + "---|" * 6,
+    ]
+    for document in load("neighbours.json"):
+        for name in ("deel-torchlip", "orthogonium"):
+            r = document[name]
+            shares = [floor(r[key]["cra"]["36/255"]) for key in ("claimed", "proved", "proved_float32")]
+            constants = [f"{r['claimed']['constant']:g}", f"{r['proved']['features_constant']:.7f}"]
+            lines.append("| " + " | ".join([f"{name} {r['version']}", *constants, *shares]) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "optimizers": optimizers_table,
@@ -146,6 +223,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "temperature": temperature_table,
     "speed": speed_table,
     "drift": drift_table,
+    "attacks": attacks_table,
+    "rounding": rounding_table,
+    "bounds": bounds_table,
+    "cost": cost_table,
+    "neighbours": neighbours_table,
 }
 
 

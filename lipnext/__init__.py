@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lipnext._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from lipnext.certificates.module import certify_module as certify_module
     from lipnext.core.certificate import Certificate as Certificate
     from lipnext.core.classifier import Classifier as Classifier
     from lipnext.core.experiment import Experiment as Experiment
@@ -18,6 +19,7 @@ _HOMES = {
     "Certificate": "lipnext.core.certificate",
     "Classifier": "lipnext.core.classifier",
     "Experiment": "lipnext.core.experiment",
+    "certify_module": "lipnext.certificates.module",
     "list_systems": "lipnext.systems",
     "load": "lipnext.runs",
     "train": "lipnext.runs",

@@ -10,6 +10,7 @@ import torch
 from lipnext import runs
 from lipnext.auditing.attack import minimal_norm, violations
 from lipnext.auditing.lipschitz import estimate_lipschitz
+from lipnext.certificates.graph import trace
 from lipnext.core.certificate import Certificate
 from lipnext.core.classifier import Classifier
 from lipnext.core.eps import round_down, round_up
@@ -18,6 +19,7 @@ from lipnext.core.experiment import Experiment, LossSpec, OptimSpec, TrainSpec
 from lipnext.core.guard import check_certifiable
 from lipnext.core.network import LipschitzNetwork
 from lipnext.data.dataset import load as load_data
+from lipnext.deployment.factory import load_factory
 from lipnext.systems import get
 
 IMAGES = 32
@@ -30,6 +32,48 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of a network: its own bound with the proof, K up to it, or why it is refused."""
+
+    place: str
+    operation: str
+    bound: float | None
+    proof: str | None
+    lipschitz: float | None
+    problem: str | None
+
+
+def examine_model(model: str, input_shape: tuple[int, int, int]) -> list[Row]:
+    """List the operations of a network of one's own, refused ones included.
+
+    Args:
+        model: "file.py:factory".
+        input_shape: (C, H, W).
+
+    Raises:
+        ConfigError: where there is no such network.
+        UnsoundError: where it cannot be traced at all, or weights or environment do not allow a proof.
+    """
+    net = load_factory(model)
+    check_certifiable(net)
+    rows = []
+    for place in trace(net, input_shape).places:
+        # A sum or a concatenation has no bound of its own: it depends on the branches.
+        own = getattr(place.operation, "factor", place.lipschitz)
+        rows.append(
+            Row(
+                place=place.path,
+                operation="" if place.operation is None else place.operation.label,
+                bound=None if own is None else own.value,
+                proof=None if own is None else own.proof,
+                lipschitz=None if place.lipschitz is None else place.lipschitz.value,
+                problem=place.problem,
+            )
+        )
+    return rows
 
 
 def examine() -> list[Check]:

@@ -9,17 +9,22 @@ import torch
 
 from lipnext import systems
 from lipnext._version import __version__
-from lipnext.core.certificate import Certificate
+from lipnext.auditing.audit import USUAL, Audit, parse_attacks
+from lipnext.auditing.audit import audit as run_audit
+from lipnext.certificates.module import certify_module
+from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.classifier import Classifier
 from lipnext.core.eps import parse_eps_list
 from lipnext.core.errors import BundleError, ConfigError, TrainingError
-from lipnext.core.experiment import Experiment
+from lipnext.core.experiment import DataSpec, Experiment
 from lipnext.core.files import atomic_write
+from lipnext.core.seed import generator
 from lipnext.data.batches import count_batches
 from lipnext.data.dataset import Dataset
 from lipnext.data.dataset import load as load_data
 from lipnext.data.detect import detect
 from lipnext.deployment.bundle import CERTIFICATE, load_bundle, load_experiment, save_bundle
+from lipnext.deployment.factory import load_factory
 from lipnext.training.loop import resolve_precision
 from lipnext.training.loop import train as train_network
 from lipnext.training.progress import reporter
@@ -124,7 +129,11 @@ def load(path: str | Path) -> Classifier:
 
 
 def certify_run(
-    path: str | Path, data: str | None = None, test: Dataset | None = None
+    path: str | Path,
+    data: str | None = None,
+    test: Dataset | None = None,
+    semantics: Semantics | None = None,
+    arithmetic: str | None = None,
 ) -> tuple[Certificate, Dataset]:
     """Certify a test part with a finished run.
 
@@ -132,12 +141,105 @@ def certify_run(
         path: run folder.
         data: folder with a data set whose test part is taken; None takes the run's own data.
         test: the test part itself, where it is in memory already.
+        semantics: "real" or "deployed"; None takes that of the experiment.
+        arithmetic: "float64" or "float32", of the deployed program; None takes that of the experiment.
 
     Returns:
         The certificate and the test part it speaks of.
     """
-    model = load_bundle(Path(path))
-    experiment = load_experiment(Path(path))
+    model, experiment, test = _open(Path(path), data, test)
+    with reporter("certifying", len(test)) as progress:
+        certificate = model.certify(
+            test.float_images(),
+            experiment.certify.batch_size,
+            progress.advance,
+            semantics=semantics or experiment.certify.semantics,
+            arithmetic=arithmetic or experiment.certify.arithmetic,
+        )
+    return certificate, test
+
+
+def certify_model(
+    model: str,
+    data: str | None = None,
+    semantics: Semantics | None = None,
+    arithmetic: str | None = None,
+) -> tuple[Certificate, Dataset]:
+    """Certify a test part with a network of one's own.
+
+    Args:
+        model: "file.py:factory", as `deployment.factory.load_factory`.
+        data: folder with a data set; None takes the embedded digits.
+        semantics: "real" (None) or "deployed".
+        arithmetic: "float64" (None), "float32" or "float16", of the deployed program.
+
+    Returns:
+        The certificate and the test part it speaks of.
+    """
+    spec = DataSpec() if data is None else DataSpec(name=detect(Path(data)), path=data)
+    test = load_data(spec).test
+    net = certify_module(
+        load_factory(model),
+        test.shape,
+        test.classes,
+        semantics=semantics or "real",
+        dtype=getattr(torch, arithmetic or "float64"),
+    )
+    with reporter("certifying", len(test)) as progress:
+        return net.certify(test.float_images(), progress=progress.advance), test
+
+
+def audit(
+    path: str | Path,
+    data: str | None = None,
+    *,
+    samples: int = 100,
+    attacks: str | None = None,
+    eps: str | None = None,
+    seed: int = 0,
+) -> Audit:
+    """Try to refute the certificates of samples drawn from a test part.
+
+    Args:
+        path: run folder.
+        data: folder with a data set whose test part is taken; None takes the run's own data.
+        samples: how many; all where the test part has no more.
+        attacks: names, "minimal-norm,pgd,apgd-ce"; None takes `auditing.audit.USUAL`.
+        eps: radii, "36/255,72/255"; None takes those of the experiment.
+        seed: decides which samples.
+
+    Returns:
+        What was found; `violations` is empty for a sound library.
+
+    Raises:
+        LipnextError: one line that says what to do.
+    """
+    names = list(USUAL) if attacks is None else parse_attacks(attacks)
+    wanted = None if eps is None else parse_eps_list(eps)
+    if samples < 1:
+        raise ConfigError(f"samples must be at least 1, got {samples}")
+    model, experiment, test = _open(Path(path), data)
+    order = torch.randperm(len(test), generator=generator("audit", seed))
+    index = order[:samples].sort().values
+    stated = json.loads((Path(path) / CERTIFICATE).read_text(encoding="utf-8"))
+    with reporter("auditing", len(index)) as progress:
+        return run_audit(
+            model,
+            test.float_images(index),
+            test.labels[index],
+            parse_eps_list(experiment.certify.eps) if wanted is None else wanted,
+            attacks=names,
+            index=index,
+            stated=stated,
+            progress=progress.advance,
+        )
+
+
+def _open(
+    path: Path, data: str | None, test: Dataset | None = None
+) -> tuple[Classifier, Experiment, Dataset]:
+    """Load a finished run and the test part to certify: its own, that of another folder, or the one given."""
+    model, experiment = load_bundle(path), load_experiment(path)
     if test is None:
         spec = experiment.data
         if data is not None:
@@ -155,9 +257,7 @@ def certify_run(
             f"the model's classes are {', '.join(model.classes[:5])}..., those of the data set "
             f"{', '.join(test.classes[:5])}...; certify on data with the same classes in the same order"
         )
-    with reporter("certifying", len(test)) as progress:
-        certificate = model.certify(test.float_images(), experiment.certify.batch_size, progress.advance)
-    return certificate, test
+    return model, experiment, test
 
 
 def _check_free(folder: Path, experiment: Experiment) -> bool:

@@ -26,7 +26,20 @@ from lipnext.core.classifier import Classifier
 from lipnext.core.errors import TrainingError, UnsoundError
 from lipnext.core.files import sha256_file
 
-KEYS = ["n", "clean", "cra", "acr", "lipschitz", "norm", "kind", "semantics", "model_sha256"]
+KEYS = [
+    "n",
+    "clean",
+    "cra",
+    "acr",
+    "lipschitz",
+    "norm",
+    "kind",
+    "semantics",
+    "arithmetic",
+    "margin",
+    "float_error",
+    "model_sha256",
+]
 SETS = [word for change in DIGITS for word in ("--set", change)]
 TRAIN_SETS = [
     "--set",
@@ -131,7 +144,8 @@ def test_tables_for_people_round_down_what_is_good_and_up_what_is_bad(
         assert word in out
     result = {
         "n": 3, "clean": 0.99999, "cra": {"1/255": 0.66666}, "acr": 0.12349, "norm": "l2",
-        "kind": "deterministic", "semantics": "real", "model_sha256": "a" * 64,
+        "kind": "deterministic", "semantics": "real", "arithmetic": "float64", "model_sha256": "a" * 64,
+        "margin": 0.5, "float_error": 1e-12,
         "lipschitz": {"bound": 1.0000000001, "proof": "product"},
     }  # fmt: skip
 
@@ -139,11 +153,40 @@ def test_tables_for_people_round_down_what_is_good_and_up_what_is_bad(
 
     class Stub:
         summary = staticmethod(lambda labels, eps: result)
+        arithmetic = "float64"
 
-    monkeypatch.setattr(runs, "certify_run", lambda run, data: (Stub, stub_part))
+    monkeypatch.setattr(runs, "certify_run", lambda run, data, semantics, arithmetic: (Stub, stub_part))
     _, out, _ = call("certify", finished)
-    for word in ("0.9999", "0.6666", "0.1234", "1.000000001 "):
+    for word in ("0.9999", "0.6666", "0.1234", "median margin 0.5000, float error 1.0e-12", "1.000000001 "):
         assert word in out
+    assert "exceeds most margins" not in out
+    result["float_error"] = 0.6
+    assert "exceeds most margins; certify with --arithmetic float64" in call("certify", finished)[1]
+
+
+def test_deployed_certificates(call: Call, finished: Path) -> None:
+    real = json.loads(call("certify", finished, "--json")[1])
+    found = {}
+    for arithmetic in ("float64", "float32"):
+        code, out, err = call(
+            "certify", finished, "--semantics", "deployed", "--arithmetic", arithmetic, "--json"
+        )
+        assert (code, err) == (0, "")
+        found[arithmetic] = json.loads(out)
+        assert (found[arithmetic]["semantics"], found[arithmetic]["arithmetic"]) == ("deployed", arithmetic)
+    assert real["acr"] * (1 - 1e-6) < found["float64"]["acr"] < real["acr"]
+    assert 0 < found["float32"]["acr"] < found["float64"]["acr"]
+    _, out, _ = call("certify", finished, "--semantics", "deployed", "--arithmetic", "float32")
+    assert "semantics deployed in float32" in out
+
+
+def test_a_semantics_that_is_not_known(call: Call, finished: Path) -> None:
+    refused(call("certify", finished, "--semantics", "float"), "--semantics must be real or deployed, got")
+    refused(call("certify", finished, "--arithmetic", "float32"), "add --semantics deployed")
+    refused(
+        call("certify", finished, "--semantics", "deployed", "--arithmetic", "bfloat16"),
+        "--arithmetic must be float64 or float32, got 'bfloat16'",
+    )
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])

@@ -13,13 +13,33 @@ from lipnext.cli import app
 
 ROOT = Path(lipnext.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-NAMES = ["Certificate", "Classifier", "Experiment", "__version__", "list_systems", "load", "train"]
+NAMES = [
+    "Certificate",
+    "Classifier",
+    "Experiment",
+    "__version__",
+    "certify_module",
+    "list_systems",
+    "load",
+    "train",
+]
 COMMANDS = {
     "systems": ["--json"],
     "train": ["what", "--out", "--data", "--set", "--tensorboard", "--no-tensorboard", "--json"],
-    "certify": ["run", "--data", "--eps", "--records", "--images", "--json"],
+    "certify": [
+        "run",
+        "--data",
+        "--model",
+        "--eps",
+        "--semantics",
+        "--arithmetic",
+        "--records",
+        "--images",
+        "--json",
+    ],
     "verify": ["run", "--images", "--records", "--samples", "--json"],
-    "doctor": ["--json"],
+    "audit": ["run", "--data", "--samples", "--attacks", "--eps", "--out", "--json"],
+    "doctor": ["model", "--shape", "--json"],
 }
 
 
