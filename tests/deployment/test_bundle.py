@@ -307,7 +307,7 @@ def test_a_config_that_cannot_be_used_says_why(
 def test_something_else_than_a_bundle_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "missing", "is no folder; give a run folder with model.safetensors")
     refused(tmp_path, "has no model.safetensors: the run is not finished or no run at all")
-    with pytest.raises(BundleError, match="has no model.safetensors: the run is not finished"):
+    with pytest.raises(BundleError, match=r"has no model\.safetensors: the run is not finished"):
         load_experiment(tmp_path)
 
 
