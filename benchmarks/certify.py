@@ -62,7 +62,8 @@ def radius_lost(system: System, preset: str, shape: tuple[int, int, int]) -> dic
     for semantics in ("real", "deployed"):
         certifier = MarginCertifier(network, semantics)
         certificate = certifier(images)
-        logits = certifier.network(images.double())
+        with torch.no_grad():
+            logits = certifier.network(images.double())
         margins = logits.gather(1, certificate.label[:, None]) - logits
         ratio_ = margins / certifier.evidence.distances[certificate.label]
         ideal = ratio_.scatter(1, certificate.label[:, None], float("inf")).min(1).values
