@@ -566,6 +566,8 @@ def test_a_loss_that_is_not_finite(call: Call, tmp_path: Path) -> None:
 
 
 def test_things_that_cannot_be_certified(call: Call, finished: Path, tmp_path: Path) -> None:
+    for arguments in ([], [finished, "--model", "model.py:build"]):
+        refused(call("certify", *arguments), "give either a run folder or --model file.py:factory")
     refused(call("certify", tmp_path / "missing"), "missing is no folder; give a run folder")
     refused(call("certify", tmp_path), "has no model.safetensors: the run is not finished or no run at all")
     for name in ("records.txt", "records"):
@@ -591,7 +593,7 @@ def test_data_that_does_not_fit_the_model(call: Call, finished: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["trian"], ["train"], ["certify"], ["train", "digits", "--ot", "x"], ["systems", "--data", "x"]],
+    [["trian"], ["train"], ["verify"], ["train", "digits", "--ot", "x"], ["systems", "--data", "x"]],
 )
 def test_usage_errors_have_code_two(arguments: list[str], call: Call) -> None:
     code, out, err = call(*arguments)

@@ -119,6 +119,7 @@ def state():
 before = state()
 import importlib, logging, pkgutil, signal
 handlers = list(logging.getLogger().handlers)
+interrupt = signal.getsignal(signal.SIGINT)
 for module in pkgutil.walk_packages(lipnext.__path__, "lipnext."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
@@ -126,7 +127,7 @@ for name in dir(lipnext):
     getattr(lipnext, name)
 assert state() == before
 assert logging.getLogger().handlers == handlers
-assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert signal.getsignal(signal.SIGINT) is interrupt
 """
 
 
