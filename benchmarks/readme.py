@@ -53,7 +53,7 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def floor(value: float) -> str:
-    return str(Decimal(value).quantize(Decimal("0.001"), ROUND_FLOOR))
+    return str(Decimal(repr(value)).quantize(Decimal("0.001"), ROUND_FLOOR))  # 0.884 stays 0.884
 
 
 def load(pattern: str) -> list[dict[str, Any]]:

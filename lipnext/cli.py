@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -299,8 +300,8 @@ def _print_summary(result: dict[str, Any], title: str) -> None:
     table = Table(
         "clean", *(f"CRA {name}" for name in result["cra"]), "ACR", title=title, title_justify="left"
     )
-    shares = [result["clean"], *result["cra"].values(), result["acr"]]
-    table.add_row(*(round_down(share, 4) for share in shares))
+    shares = [_share(share, result["n"]) for share in (result["clean"], *result["cra"].values())]
+    table.add_row(*(round_down(share, 4) for share in (*shares, result["acr"])))
     console = Console()
     console.print(table)
     bound = result["lipschitz"]
@@ -314,16 +315,22 @@ def _print_summary(result: dict[str, Any], title: str) -> None:
     )
 
 
+def _share(share: float, n: int) -> Fraction:
+    """The exact share that a float stands for: 8841 of 10,000 is printed as 0.8841, though the float lies below it."""
+    return Fraction(round(share * n), n)
+
+
 def _print_audit(document: dict[str, Any], run: str) -> None:
     """Certified accuracy is a lower bound and rounded down, attacked accuracy an upper one and rounded up."""
-    title = f"{run}: {document['n']} images, clean {round_down(document['clean'], 4)}"
+    n = document["n"]
+    title = f"{run}: {n} images, clean {round_down(_share(document['clean'], n), 4)}"
     shares = Table("accuracy", *document["cra"], title=title, title_justify="left")
     for name, key, rounded in (
         ("certified", "cra", round_down),
         ("attacked", "attacked", round_up),
         ("gap", "gap", round_up),
     ):
-        shares.add_row(name, *(rounded(share, 4) for share in document[key].values()))
+        shares.add_row(name, *(rounded(_share(share, n), 4) for share in document[key].values()))
     slopes = Table("layer", "proved bound", "proof", "slope found", "")
     for layer in document["slopes"]:
         seen = "[green]ok[/]" if layer["holds"] else "[bold red]REFUTED[/]"

@@ -1,8 +1,8 @@
 """Perturbation sizes as exact fractions, and decimal text that stays on the safe side of a bound."""
 
 import math
-from collections.abc import Iterable
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from collections.abc import Callable, Iterable
+from decimal import Context, Decimal
 from fractions import Fraction
 
 from lipnext.core.errors import ConfigError, UnsoundError
@@ -84,26 +84,25 @@ def eps_label(value: str | int | float | Fraction) -> str:
     return str(value)
 
 
-def round_down(x: float, digits: int) -> str:
+def round_down(x: float | Fraction, digits: int) -> str:
     """Return `x` as decimal text with `digits` places that is never above `x`.
 
     Raises:
         UnsoundError: where `x` is not finite.
     """
-    return _decimal(x, digits, ROUND_FLOOR)
+    return _decimal(x, digits, math.floor)
 
 
-def round_up(x: float, digits: int) -> str:
+def round_up(x: float | Fraction, digits: int) -> str:
     """Return `x` as decimal text with `digits` places that is never below `x`.
 
     Raises:
         UnsoundError: where `x` is not finite.
     """
-    return _decimal(x, digits, ROUND_CEILING)
+    return _decimal(x, digits, math.ceil)
 
 
-def _decimal(x: float, digits: int, rounding: str) -> str:
+def _decimal(x: float | Fraction, digits: int, to_whole: Callable[[Fraction], int]) -> str:
     if not math.isfinite(x):
         raise UnsoundError(f"{x!r} is not finite and cannot be printed as a bound")
-    rounded = Decimal(x).quantize(Decimal(1).scaleb(-digits), rounding=rounding, context=_EXACT)
-    return f"{abs(rounded) if rounded == 0 else rounded:f}"
+    return f"{Decimal(to_whole(Fraction(x) * 10**digits)).scaleb(-digits, _EXACT):f}"

@@ -89,6 +89,7 @@ def test_printed_bounds_stay_on_their_side(x: float, digits: int) -> None:
 
 
 def test_printed_bounds_have_the_digits_asked_for() -> None:
+    assert round_down(Fraction(8841, 10000), 4) == round_up(Fraction(8841, 10000), 4) == "0.8841"
     assert round_down(0.29999, 3) == "0.299"
     assert round_up(0.29901, 3) == "0.300"
     assert round_down(-0.0, 2) == "0.00"
