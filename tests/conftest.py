@@ -1,11 +1,15 @@
 """Every test: float64 by default, one thread, a fixed seed, and no global state left changed."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import Call
+
+from lipnext import cli
 
 torch.set_num_threads(1)
 
@@ -39,3 +43,19 @@ def fashion_mnist() -> Path:
     if not FASHION_MNIST.is_dir():
         pytest.skip("Fashion-MNIST is not on this machine (Debian: apt install dataset-fashion-mnist)")
     return FASHION_MNIST
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run the command line in this process and return exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lipnext", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return call

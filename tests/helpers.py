@@ -10,6 +10,9 @@ from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
 from lipnext.core.rounding import RoundingState
 
+Call = Callable[..., tuple[int, str, str]]
+"""The fixture `call`: words of the command line to exit code, standard output and standard error."""
+
 
 def fractions(matrix: Tensor) -> list[list[Fraction]]:
     """Return the entries of a floating matrix as exact rationals."""

@@ -2,35 +2,17 @@
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Call
 from tiny_runs import DIGITS
 
-from lipnext import cli, runs
+from lipnext import runs
 from lipnext.certificates.margin import MarginCertifier
 
-Call = Callable[..., tuple[int, str, str]]
 FEW = ("--samples", "6", "--attacks", "minimal-norm")
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the command line in this process and return exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lipnext", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

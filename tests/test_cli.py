@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Call
 from PIL import Image
 from tiny_runs import DIGITS, log_lines
 
-from lipnext import cli, doctor, runs, systems
+from lipnext import doctor, runs, systems
 from lipnext._version import __version__
 from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.classifier import Classifier
@@ -51,24 +52,6 @@ TRAIN_SETS = [
     "--set",
     "train.epochs=1",
 ]
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the command line in this process and return exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lipnext", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")
