@@ -216,6 +216,21 @@ def neighbours_table() -> str:
     return "\n".join(lines)
 
 
+def dense_table() -> str:
+    """Plain dense networks as programs in float32."""
+    lines = [
+        "| inputs | width | depth | training steps | K | images with a radius | of the real radius kept, median |",
+        "|" + "---|" * 7,
+    ]
+    for document in load("dense_float32*.json"):
+        for r in document["rows"]:
+            inputs = " x ".join(str(side) for side in document["inputs"])
+            cells = [inputs, str(r["width"]), str(r["depth"]), str(r["steps"]), f"{r['K']:.3g}"]
+            cells += [floor(r["deployed_positive"]), floor(r["kept_median"])]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "optimizers": optimizers_table,
@@ -228,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bounds": bounds_table,
     "cost": cost_table,
     "neighbours": neighbours_table,
+    "dense": dense_table,
 }
 
 
