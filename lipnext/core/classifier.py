@@ -121,8 +121,22 @@ class Classifier(nn.Module):
         NumPy view does not move them, and a stale bound is an unsound one.
         """
         tensors = dict(self.net.named_parameters()) | dict(self.net.named_buffers())
-        state = sha256_tensors(tensors) + repr(self.net) + semantics + arithmetic
+        state = sha256_tensors(tensors) + repr(self.net) + _settings(self.net) + semantics + arithmetic
         if self._proved is None or self._proved[0] != state:
             self._proved = None  # The old certifier's float64 weights are freed before new ones are made.
             self._proved = (state, self.make_certifier(self.net, semantics, arithmetic))
         return self._proved[1]
+
+
+def _settings(net: nn.Module) -> str:
+    """The plain attributes of all modules: a number may decide what a layer computes and need not show in its repr."""
+    plain = (bool, int, float, str, tuple, list, dict, type(None))
+    return repr(
+        [
+            (
+                name,
+                sorted((k, repr(v)) for k, v in vars(part).items() if k[0] != "_" and isinstance(v, plain)),
+            )
+            for name, part in net.named_modules()
+        ]
+    )

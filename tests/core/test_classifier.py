@@ -134,6 +134,14 @@ def test_bounds_are_proved_again_whenever_the_network_changed(change: Any) -> No
     assert not torch.equal(before.margin, after.margin)
 
 
+def test_a_plain_attribute_counts_too() -> None:
+    model, prover = classifier()
+    model.certify(images())
+    model.net[1].gain = 2.0  # nothing of it shows in the weights or in the repr
+    model.certify(images())
+    assert prover.proofs == 2
+
+
 def test_a_hidden_buffer_counts_as_weights() -> None:
     model, prover = classifier()
     model.net.register_buffer("scale", torch.ones(1), persistent=False)
