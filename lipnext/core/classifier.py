@@ -130,12 +130,14 @@ class Classifier(nn.Module):
 
 def _settings(net: nn.Module) -> str:
     """The plain attributes of all modules: a number may decide what a layer computes and need not show in its repr."""
-    plain = (bool, int, float, str, tuple, list, dict, type(None))
+    plain, internal = (bool, int, float, str, tuple, list, type(None)), vars(nn.Module()).keys()
     return repr(
         [
             (
                 name,
-                sorted((k, repr(v)) for k, v in vars(part).items() if k[0] != "_" and isinstance(v, plain)),
+                sorted(
+                    (k, repr(v)) for k, v in vars(part).items() if k not in internal and isinstance(v, plain)
+                ),
             )
             for name, part in net.named_modules()
         ]
