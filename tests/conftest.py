@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Call
+from hypothesis import HealthCheck, settings
 
 from lipnext import cli
 
 torch.set_num_threads(1)
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)
