@@ -21,7 +21,8 @@ A claim is confirmed by these tests, none of which has a tolerance on the side t
                  sound, but not a certificate of these rows
   margin error   at least this file's own bound on the float64 error of a margin, for any image in [0, 1] and any order
                  of summation (`check_margin_errors`)
-  ball error     the same for the executed program at any point that is at most twice as long as an image can be
+  ball error     the same for the executed program at any point within the square root of the number of inputs of an image;
+                 without a bound that excludes overflow there is doubt
   radius         `K ||w_y - w_j|| r + E_yj <= margin` for every rival j, with this file's own K, E and logits; E holds the
                  ball error too where the claim is about a deployed program, and r is at most the square root of the
                  number of inputs, so that the ball error speaks of the whole ball
@@ -72,6 +73,8 @@ UNITS = {"float64": U, "float32": 2.0**-24}
 SAFETY = 1 + 2.0**-20
 # Above all that a layer can lose by underflow: 2^28 times the root of the smallest product that does not vanish.
 TINY = {U: 2.0**-500, UNITS["float32"]: 2.0**-46}
+# Activations up to this size square and add up without overflow, 2^28 of them and more.
+LARGEST = {U: 2.0**450, UNITS["float32"]: 2.0**45}
 
 Array = NDArray[np.float64]
 Tensors = dict[str, NDArray[np.float32]]
@@ -561,6 +564,8 @@ def rounding_errors(
         terms = absolute_norm(block.product) * (size + error) + bias
         error = product_norm * error + gamma(channels + 1, unit) * terms + tiny
         size = product_norm * size + bias
+        if not size + error <= LARGEST[unit]:
+            raise Doubt(f"activations of size {size + error:.3g} may overflow with unit roundoff {unit!r}")
     error = (error + gamma(positions + 2, unit) * (size + error) + tiny) * SAFETY
     size *= SAFETY
     logit = np.linalg.norm(network.rows, axis=1) * (size + error) + np.abs(network.offsets)

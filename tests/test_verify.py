@@ -1,5 +1,6 @@
 """The independent checker: what it accepts, what it refuses, and that it stands alone."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -187,6 +188,21 @@ def test_a_deployed_radius_beyond_the_ball_that_was_analysed(
 ) -> None:
     edit_record(copy, 0, lambda record: record.update(semantics="deployed", radius=8.5))
     assert "record 0: a deployed radius must not exceed 8.0" in refusal(copy, capsys)
+
+
+def test_a_program_that_may_overflow_is_doubted(tiny: Path) -> None:
+    """Squares of 1e15 overflow in float32: no bound on rounding says anything about such a program."""
+    network = network_of(tiny)
+    with ctx.workprec(128):
+        _, norms = verify.check_layers(json.loads((tiny / CERTIFICATE).read_text()), network)
+    distances = np.zeros((10, 10))
+    huge = dataclasses.replace(network.blocks[0], bias=np.full(network.width, 1e15))
+    grown = dataclasses.replace(network, blocks=[huge, *network.blocks[1:]])
+    for unit in verify.UNITS.values():
+        assert np.isfinite(verify.rounding_errors(network, norms, distances, 8.0, unit)[2]).all()
+    assert np.isfinite(verify.rounding_errors(grown, norms, distances, 8.0, verify.U)[2]).all()
+    with pytest.raises(verify.Doubt, match="may overflow with unit roundoff"):
+        verify.rounding_errors(grown, norms, distances, 8.0, verify.UNITS["float32"])
 
 
 def test_an_arithmetic_without_a_ball_error(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
