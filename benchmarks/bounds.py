@@ -46,7 +46,6 @@ def main() -> None:
             "what": "proved l2 bounds against exact norms of random layers; cost of proving near-orthogonal matrices",
             **comparison(args.cases),
             "cost": cost,
-            "command": f"python benchmarks/bounds.py --cases {args.cases} --size {args.size} --count {args.count} --json",
         },
         args.json,
         args.out,

@@ -93,7 +93,6 @@ def main() -> None:
             "what": "certify in float64 against a float32 forward pass, and the share of a radius that is lost",
             **speed(args.run, args.batch_size, args.repeats),
             "radius_lost": [radius_lost(system, preset, shape) for preset, shape in PRESETS.items()],
-            "command": "python benchmarks/certify.py RUN --json",
         },
         args.json,
         args.out,

@@ -149,7 +149,6 @@ def main() -> None:
                 "geotorch_scaled": round(geotorch_median, 4),
             },
             "orthogonality": orthogonality(args.size),
-            "command": "python benchmarks/manifold_step.py --json",
         },
         args.json,
         args.out,

@@ -8,9 +8,6 @@ between the two best classes. Computed on bytes: squared distances are exact int
 
 import argparse
 import json
-import shlex
-import sys
-from pathlib import Path
 
 import torch
 from quality import CURVE, RESULTS
@@ -63,8 +60,6 @@ def main() -> None:
         },
         "acr": (radius * right).mean().item(),
         "curve": {"radius": CURVE, "accuracy": shares},
-        "command": "python benchmarks/nearest_neighbour.py "
-        + shlex.join(Path(a).name if a.startswith("/") else a for a in sys.argv[1:]),
         **environment(),
     }
     path = RESULTS / f"nearest-neighbour-{experiment.preset}.json"

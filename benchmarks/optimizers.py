@@ -71,7 +71,6 @@ def main() -> None:
             "what": f"Adam (paper, Lookahead 6) against Manifold Muon, width 128, depth 6, {args.epochs} epochs",
             "fashion-mnist": compare("fashion-mnist-cpu", args.fashion, args.epochs, Path(args.folder), pool),
             "cifar10": compare("cifar10-cpu", args.cifar10, args.epochs, Path(args.folder), pool),
-            "command": "python benchmarks/optimizers.py --fashion DIR --cifar10 DIR",
             **environment(),
         }
     (RESULTS / "optimizers.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

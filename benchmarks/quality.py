@@ -8,8 +8,6 @@ commit. The run folder stays under runs/; a second call finds it finished and on
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +52,7 @@ def main() -> None:
     name = f"{args.name or args.experiment.rpartition('/')[2]}-seed{args.seed}"
     experiment = runs.resolve(args.experiment, args.data, [f"seed={args.seed}", *args.overrides])
     result = quality(experiment, Path("runs") / name, args.notes)
-    shown = [
-        Path(a).name if a.startswith("/") else a for a in sys.argv[1:]
-    ]  # no machine's paths in the record
-    document = {**result, "command": "python benchmarks/quality.py " + shlex.join(shown), **environment()}
+    document = {**result, **environment()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(

@@ -100,7 +100,6 @@ def main() -> None:
         "rows": rows,
         "directions": args.directions,
         "rounds": args.rounds,
-        "command": "python benchmarks/rounding.py RUN --json",
     }
     report(document, args.json, args.out)
     if any(row["flips"] for row in rows if row["semantics"] == "deployed"):

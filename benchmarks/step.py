@@ -166,7 +166,6 @@ def main() -> None:
             "ratio_to_adamw": round(ratio(seconds, "step", "adamw"), 4),
             "seconds": {name: round(statistics.median(values), 5) for name, values in seconds.items()},
             "peak_memory_mib": peak_memory_mib(),
-            "command": "python benchmarks/step.py --json",
         },
         args.json,
         args.out,

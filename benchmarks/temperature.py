@@ -45,7 +45,6 @@ def main() -> None:
     document = {
         "what": f"temperature and ramp, Fashion-MNIST, width 128, depth 6, {args.epochs} epochs, Muon",
         "trials": trials,
-        "command": "python benchmarks/temperature.py --fashion DIR",
         **environment(),
     }
     (RESULTS / "temperature.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -2,8 +2,10 @@
 
 import json
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +36,14 @@ def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """What the numbers depend on, and the command as it was typed, with no machine's paths in it."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     root = Path(__file__).resolve().parent.parent
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     )
     return {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
