@@ -19,11 +19,11 @@ import torch
 from timing import report
 from torch import Tensor, nn
 
-from lipnext.certificates.convolution import convolution_bound
-from lipnext.certificates.pooling import average_pooling_bound, max_pooling_bound
+from lipnext.bounds.convolution import convolution_bound
+from lipnext.bounds.pooling import average_pooling_bound, max_pooling_bound
+from lipnext.bounds.spectral import near_orthogonal_bound, nonnegative_bound, spectral_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.manifold.haar import haar
-from lipnext.manifold.spectral import near_orthogonal_bound, nonnegative_bound, spectral_bound
 
 SVD_ERROR = 1e-13
 Case = tuple[LipschitzBound, float]

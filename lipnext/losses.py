@@ -1,8 +1,10 @@
 """Losses: pure functions of logits, labels and head distances. A loss is never a certificate.
 
 Shapes: `logits (B, K)`, `labels (B,)` int64, `distances (K, K)` with `||w_i - w_j||` times the Lipschitz bound of the body.
-`cross_entropy` returns a scalar, the mean over the batch; `emma` shifted logits for it.
+`cross_entropy` and `cll` return a scalar, the mean over the batch; `emma` shifted logits for `cross_entropy`.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -76,6 +78,49 @@ def emma(logits: Tensor, labels: Tensor, distances: Tensor, radius: float) -> Te
         share = (-u / reach.clamp_min(1e-8)).clamp(0.01, 1.0)
     onehot = functional.one_hot(labels, logits.shape[1]).bool()
     return torch.where(onehot, torch.zeros_like(u), u + share * reach)
+
+
+def cll(
+    logits: Tensor,
+    labels: Tensor,
+    distances: Tensor,
+    radius: float,
+    *,
+    slack: float,
+    penalty: float = 0.0,
+    two_sided: bool = True,
+) -> Tensor:
+    """The calibrated Lipschitz-margin loss (CLL, Losch et al. 2023), mean over the batch.
+
+    Logits become signed distances to the pairwise boundaries in the input, `a_i = (z_i - z_y) / distances_yi`, and pass a
+    logistic link whose width is calibrated to the radius: `sigma = 2 radius / Q`, `Q = 2 ln((2 - p) / p)`, which leaves the
+    share p of the logistic mass, half of it in each tail, outside the band of +- radius. Rivals get `(a_i + radius) / sigma`,
+    the label `-radius / sigma`. The distances are not differentiated; `penalty` times the square of the largest one is what
+    keeps the constant small.
+
+    Args:
+        logits: `(B, K)`.
+        labels: `(B,)`.
+        distances: `(K, K)`, times the body's constant.
+        radius: l2 margin eps in the input, above 0.
+        slack: p, in (0, 1).
+        penalty: lambda.
+        two_sided: False leaves the label's logit at 0.
+
+    Raises:
+        ConfigError: if the radius or the slack is out of range.
+    """
+    if not radius > 0 or not 0 < slack < 1:
+        raise ConfigError(
+            f"loss: cll needs a radius above 0 and a slack in (0, 1), got {radius:g} and {slack:g}"
+        )
+    sigma = radius / math.log((2 - slack) / slack)
+    onehot = functional.one_hot(labels, logits.shape[1]).bool()
+    reach = distances.detach()[labels].masked_fill(onehot, 1.0).clamp_min(1e-12)
+    signed = (logits - logits.gather(1, labels[:, None])) / reach
+    calibrated = torch.where(onehot, -radius if two_sided else 0.0, signed + radius) / sigma
+    loss = functional.cross_entropy(calibrated, labels)
+    return loss + penalty * distances.max() ** 2 if penalty else loss
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ def train(
             splits.train,
             splits.validation,
             folder,
+            losses=systems.get(experiment.system).losses,
             reporter=progress,
             tensorboard=tensorboard,
         )

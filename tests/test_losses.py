@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from lipnext import losses
 from lipnext.core.errors import ConfigError
 from lipnext.losses import cross_entropy, emma, margins
 
@@ -183,3 +184,73 @@ def test_margins():
     for b, k in enumerate(y.tolist()):
         rivals = [z[b, j].item() for j in range(4) if j != k]
         assert margins(z, y)[b].item() == z[b, k].item() - max(rivals)
+
+
+# The worked vector of the calibrated loss: three classes in the plane, K_g = 3, eps = 0.15, p = 0.3.
+CLL_ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.6, -0.8]], dtype=torch.float64)
+CLL_LOGITS = torch.tensor([[1.2, 0.5, -0.3], [0.4, 0.5, 0.0]], dtype=torch.float64)
+CLL_LABELS = torch.tensor([0, 0])
+
+
+def cll_distances() -> torch.Tensor:
+    return 3 * torch.cdist(CLL_ROWS, CLL_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("two_sided", "wanted"), [(True, [1.95048724, 4.03838254]), (False, [0.72488348, 2.38282783])]
+)
+def test_the_calibrated_loss_matches_its_vector(two_sided: bool, wanted: list[float]) -> None:
+    seen = [
+        losses.cll(
+            CLL_LOGITS[i : i + 1], CLL_LABELS[:1], cll_distances(), 0.15, slack=0.3, two_sided=two_sided
+        ).item()
+        for i in range(2)
+    ]
+    assert seen == pytest.approx(wanted, abs=1e-7)
+    total = losses.cll(
+        CLL_LOGITS, CLL_LABELS, cll_distances(), 0.15, slack=0.3, penalty=1e-4, two_sided=two_sided
+    )
+    assert total.item() == pytest.approx(sum(wanted) / 2 + 1e-4 * 5.69209979**2, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("eps", "p", "sigma"),
+    [
+        (0.15, 0.3, 0.08647522),
+        (0.25, 0.05, 0.06823961),
+        (0.25, 0.1, 0.08490582),
+        (0.5, 0.01, 0.09445895),
+        (1, 0.025, 0.22886187),
+        (1, 0.003, 0.15382748),
+        (1, 0.001, 0.13157198),
+        (0.15, 0.1, 0.05094349),
+    ],
+)
+def test_the_calibrated_width_is_the_published_one(eps: float, p: float, sigma: float) -> None:
+    # On the boundary (all signed distances 0) rival and label are 2 eps / sigma apart.
+    logits, labels, distances = torch.zeros(1, 2), torch.tensor([0]), torch.ones(2, 2)
+    seen = losses.cll(logits.double(), labels, distances.double(), eps, slack=p).item()
+    assert seen == pytest.approx(math.log1p(math.exp(2 * eps / sigma)), rel=1e-6)
+
+
+def test_only_the_penalty_makes_the_calibrated_loss_shrink_the_constant() -> None:
+    constant = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    loss = losses.cll(CLL_LOGITS, CLL_LABELS, constant * torch.cdist(CLL_ROWS, CLL_ROWS), 0.15, slack=0.3)
+    assert not loss.requires_grad
+    penalised = losses.cll(
+        CLL_LOGITS, CLL_LABELS, constant * torch.cdist(CLL_ROWS, CLL_ROWS), 0.15, slack=0.3, penalty=0.5
+    )
+    (slope,) = torch.autograd.grad(penalised, constant)
+    assert slope.item() == pytest.approx(3.0 * 1.8973666**2, rel=1e-6)
+
+
+def test_the_calibrated_loss_does_not_see_a_common_scale_of_logits_and_constant() -> None:
+    one = losses.cll(CLL_LOGITS, CLL_LABELS, cll_distances(), 0.15, slack=0.3)
+    other = losses.cll(7 * CLL_LOGITS, CLL_LABELS, 7 * cll_distances(), 0.15, slack=0.3)
+    assert one.item() == pytest.approx(other.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("radius", "slack"), [(0.0, 0.3), (0.1, 0.0), (0.1, 1.0)])
+def test_a_calibrated_loss_without_width_is_refused(radius: float, slack: float) -> None:
+    with pytest.raises(ConfigError, match=r"cll needs a radius above 0 and a slack in \(0, 1\), got"):
+        losses.cll(CLL_LOGITS, CLL_LABELS, cll_distances(), radius, slack=slack)

@@ -27,8 +27,9 @@ from helpers import Flatten, rotations
 from torch import Tensor, nn
 
 from lipnext.auditing.audit import Audit, audit
+from lipnext.bounds.convolution import convolution_bound
+from lipnext.bounds.spectral import estimate_spectral_norm
 from lipnext.certificates import margin
-from lipnext.certificates.convolution import convolution_bound
 from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.certificate import Certificate
@@ -42,7 +43,6 @@ from lipnext.core.network import LipschitzNetwork
 from lipnext.core.rounding import RoundingState, fraction_down
 from lipnext.deployment import bundle
 from lipnext.manifold.polar import retract
-from lipnext.manifold.spectral import estimate_spectral_norm
 from lipnext.nn import block, mixing
 from lipnext.nn.head import UnitRowHead
 from lipnext.nn.position import Centre

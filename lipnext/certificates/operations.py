@@ -33,17 +33,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lipnext.certificates.convolution import absolute_convolution_bound, convolution_bound
-from lipnext.certificates.pooling import (
+from lipnext.bounds.convolution import absolute_convolution_bound, convolution_bound
+from lipnext.bounds.pooling import (
     adaptive_average_pooling_bound,
     average_pooling_bound,
     l2_pooling_bound,
     max_pooling_bound,
 )
+from lipnext.bounds.spectral import absolute_norm_bound, near_orthogonal_bound, spectral_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import UnsoundError
+from lipnext.core.guard import fast_convolution
 from lipnext.core.rounding import add_up, div_down, fraction_up, gamma, mul_up, sqrt_up, sum_up
-from lipnext.manifold.spectral import absolute_norm_bound, near_orthogonal_bound, spectral_bound
 
 Shape = tuple[int, ...]
 Map = Callable[[Tensor], Tensor]
@@ -386,10 +387,9 @@ def convolution(
     """`torch.nn.Conv2d` on images of `input_size`, before padding."""
     if padding_mode not in ("zeros", "circular"):
         raise UnsoundError(f"padding_mode '{padding_mode}' has no proved bound; use 'zeros' or 'circular'")
-    if weight.device.type != "cpu":
-        raise UnsoundError(
-            "convolutions on a GPU may be computed by Winograd or FFT; move the net to the CPU"
-        )
+    problem = fast_convolution(weight.device, torch.float64)
+    if problem is not None:
+        raise UnsoundError(problem)
     w, shift = weight.double(), None if bias is None else bias.double()
     settings = {
         "stride": stride,
@@ -442,12 +442,7 @@ def _no_half(dtype: torch.dtype) -> str | None:
 
 
 def _no_fast_convolution(dtype: torch.dtype) -> str | None:
-    """Winograd and FFT round in a way that no order of summation explains; NNPACK uses them in float32."""
-    if dtype == torch.float32 and not (
-        torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    ):
-        return "without oneDNN, torch may convolve by Winograd in float32; use dtype=torch.float64"
-    return _no_half(dtype)
+    return fast_convolution(torch.device("cpu"), dtype) or _no_half(dtype)
 
 
 def batch_norm(

@@ -145,6 +145,10 @@ class OptimSpec(_Section):
     """Peak learning rate of the orthogonal matrices; for muon the step angle in radians."""
     euclidean_lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of all other parameters."""
+    euclidean: Literal["nadam", "adam", "sgd"] = "nadam"
+    """Rule for all other parameters; sgd takes `momentum`, the others `betas`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of all other parameters, decoupled from the gradient except for sgd."""
     momentum: Decay = 0.95
     betas: Betas = (0.9, 0.999)
     warmup: Share = 0.05
@@ -164,7 +168,8 @@ class LossSpec(_Section):
 
     section: ClassVar[str] = "loss"
 
-    name: Literal["emma", "cross-entropy"] = "emma"
+    name: str = "emma"
+    """emma, cross-entropy, cll, or a loss of the system's own."""
     temperature: float = Field(default=1.0, gt=0)
     temperature_end: Annotated[float, Field(gt=0)] | None = None
     """Temperature at the end of training; None keeps it constant."""
@@ -180,6 +185,10 @@ class LossSpec(_Section):
     """Exponent beta of logit annealing; 0 is the plain loss."""
     smoothing: Decay = 0.0
     """Label smoothing."""
+    slack: float = Field(default=0.3, gt=0, lt=1)
+    """Slack p of the calibrated loss: the share of the logistic mass left outside the margin."""
+    penalty: float = Field(default=0.0, ge=0)
+    """Weight of what the loss penalises beside errors: the squared constant for cll, the curvature for crc."""
 
 
 class CertifySpec(_Section):

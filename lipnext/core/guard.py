@@ -198,3 +198,16 @@ def _check_subnormal() -> None:
         raise UnsoundError(
             "cannot certify while subnormal numbers are flushed to zero; call torch.set_flush_denormal(False)"
         )
+
+
+def fast_convolution(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a convolution may not be a plain sum of products, or return None.
+
+    Winograd and FFT round in a way that no order of summation explains; NNPACK uses them in float32.
+    """
+    if device.type != "cpu":
+        return "convolutions on a GPU may be computed by Winograd or FFT; move the net to the CPU"
+    has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if dtype == torch.float32 and not has_onednn:
+        return "without oneDNN, torch may convolve by Winograd in float32; use float64"
+    return None

@@ -1,9 +1,10 @@
 """A network as a chain of layers and a linear head: what a global margin certificate is derived from."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from lipnext.core.bound import LipschitzBound
@@ -70,6 +71,34 @@ class LipschitzNetwork(LipschitzModule):
     def lipschitz_bound(self) -> LipschitzBound:
         """Bound the body (not the head): the product of its layers' bounds."""
         return LipschitzBound.compose(*(layer.lipschitz_bound() for _, layer in self.named_layers()))
+
+    def estimate_lipschitz(self) -> Tensor | float:
+        """Estimate the body's constant by the product of its layers' estimates, differentiable; for losses alone."""
+        constant: Tensor | float = 1.0
+        for _, layer in self.named_layers():
+            constant = constant * layer.estimate_lipschitz()
+        return constant
+
+    def estimate_distances(self) -> Tensor:
+        """`K ||w_i - w_j||` with the estimated K, shape `(K, K)`, differentiable; for losses alone."""
+        return self.head.distances() * self.estimate_lipschitz()
+
+    def radius_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function of images `(B, c, H, W)` and labels `(B,)` that estimates signed radii `(B,)`.
+
+        The radius of a sample is negative where its label is not predicted. For figures during training: what costs is
+        done once, nothing is proved and no rounding counted.
+        """
+        frozen = self.materialise()
+        distances = frozen.head.distances() * self.estimate_lipschitz()
+
+        @torch.no_grad()
+        def estimate(images: Tensor, labels: Tensor) -> Tensor:
+            logits = frozen(images)
+            ratio = (logits.gather(1, labels[:, None]) - logits) / distances[labels]
+            return ratio.scatter(1, labels[:, None], float("inf")).min(dim=1).values
+
+        return estimate
 
     def rounding(self, state: RoundingState) -> RoundingState:
         """Follow the error of the body's evaluation layer by layer."""

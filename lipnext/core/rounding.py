@@ -44,6 +44,11 @@ class RoundingState:
     unit: float
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which the program runs."""
+        return torch.float64 if self.unit == UNIT_ROUNDOFF[torch.float64] else torch.float32
+
+    @property
     def underflow(self) -> float:
         """What underflow can add to the error in one layer."""
         return UNDERFLOW[self.unit]

@@ -1,4 +1,4 @@
-"""Activations that preserve gradient norms."""
+"""Activations that are 1-Lipschitz in the l2 norm."""
 
 import torch
 from torch import Tensor
@@ -28,4 +28,45 @@ class BetaAbs(LipschitzModule):
 
     def rounding(self, state: RoundingState) -> RoundingState:
         """Exact in floating point; `| |a| - |b| | <= |a - b|` for the error that is already there."""
+        return state
+
+
+class MaxMin(LipschitzModule):
+    """Pairs `(a, b)` of the two halves of the channels become `(max(a, b), min(a, b))` (GroupSort of size 2).
+
+    Args:
+        dim: of the channels; their number must be even.
+    """
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sort each pair."""
+        a, b = x.chunk(2, dim=self.dim)
+        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=self.dim)
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1: sorting never moves two points apart."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="one-lipschitz")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """Exact in floating point; an error that is there is not enlarged, as for any two points."""
+        return state
+
+
+class ReLU(LipschitzModule):
+    """`max(x, 0)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut off below 0."""
+        return torch.relu(x)
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="one-lipschitz")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """Exact in floating point."""
         return state

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lipnext.bounds.spectral import absolute_norm_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
 from lipnext.core.propagation import after_affine, norm_up
 from lipnext.core.rounding import RoundingState
 from lipnext.manifold.haar import haar
-from lipnext.manifold.spectral import absolute_norm_bound
 from lipnext.nn.activation import BetaAbs
 from lipnext.nn.mixing import OrthogonalMixing
 from lipnext.nn.position import ChannelBias, PositionalEncoding
@@ -94,6 +94,10 @@ class ShiftBlock(LipschitzModule):
         bias.weight = block.bias
         shift = CircularShift(self.channels, self.group)
         return position, rotation, shift, mixing, bias, BetaAbs(self.folded)
+
+    def unfused(self) -> nn.Sequential:
+        """Return `layers()` in a row: the fused forward works in place, which other runtimes do not."""
+        return nn.Sequential(*self.layers())
 
     def lipschitz_bound(self) -> LipschitzBound:
         """The product of the proved bounds of R and of the stored M R^T; everything else is an isometry or 1-Lipschitz."""

@@ -5,12 +5,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lipnext.bounds.spectral import absolute_norm_bound, near_orthogonal_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
 from lipnext.core.propagation import after_product
 from lipnext.core.rounding import RoundingState
 from lipnext.manifold.haar import haar
-from lipnext.manifold.spectral import absolute_norm_bound, near_orthogonal_bound
 
 
 class OrthogonalMixing(LipschitzModule):

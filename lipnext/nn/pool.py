@@ -1,4 +1,4 @@
-"""Reshapes and pooling: space-to-depth with zero-padded channels, and L2 pooling over all positions."""
+"""Reshapes and pooling: space-to-depth with zero-padded channels, L2 pooling over all positions, sums of windows."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
-from lipnext.core.propagation import after_pooling
+from lipnext.core.propagation import after_pooling, after_product
 from lipnext.core.rounding import RoundingState
 
 
@@ -71,3 +71,27 @@ class L2Pool(LipschitzModule):
     def rounding(self, state: RoundingState) -> RoundingState:
         """A sum of `H W` squares and a root."""
         return after_pooling(state, self.positions)
+
+
+class SumPool(LipschitzModule):
+    """The sum of each window of `w x w` pixels divided by w: `(B, c, H, W)` to `(B, c, H / w, W / w)`, norm exactly 1.
+
+    Args:
+        window: w; pixels on the right and below that fill no window are left out.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pool."""
+        return functional.avg_pool2d(images, self.window) * self.window
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1: `w^2` numbers of size 1 / w have the norm 1, and the windows are disjoint."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="one-lipschitz")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """Sums of `w^2` terms, a quotient and a product: three more roundings of each term cover both."""
+        return after_product(state, self.window**2 + 3, 1.0, 1.0)

@@ -6,6 +6,7 @@ set could influence a choice.
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from lipnext.core.errors import ConfigError, TrainingError
 from lipnext.core.experiment import Experiment, OptimSpec
 from lipnext.core.network import LipschitzNetwork
+from lipnext.core.system import NetworkLoss
 from lipnext.data.augment import Augment
 from lipnext.data.batches import batches, count_batches
 from lipnext.data.dataset import Dataset
@@ -62,6 +64,7 @@ def train(
     validation: Dataset,
     folder: Path,
     *,
+    losses: Mapping[str, NetworkLoss] | None = None,
     reporter: Reporter | None = None,
     tensorboard: bool = False,
 ) -> tuple[LipschitzNetwork, Progress]:
@@ -73,6 +76,7 @@ def train(
         training: the part that is learned from.
         validation: the part that is looked at every few epochs.
         folder: gets `log.jsonl` and `checkpoints/`.
+        losses: of the system's own, by name.
         reporter: told after every step.
         tensorboard: mirror the log for TensorBoard.
 
@@ -93,11 +97,9 @@ def train(
     # ---- what is trained, and how ------------------------------------------------------------------------
     orthogonal, euclidean = split_parameters(network)
     manifold = make_orthogonal_optimizer(list(orthogonal.values()), experiment)
-    rest = torch.optim.NAdam(
-        euclidean.values(), lr=experiment.optim.euclidean_lr, betas=experiment.optim.betas
-    )
+    rest = make_euclidean_optimizer(list(euclidean.values()), experiment.optim)
     average = RetractedAverage(network, spec.ema) if spec.ema else None
-    objective, augment = Objective(experiment.loss), Augment(experiment.augment)
+    objective, augment = Objective(experiment.loss, losses), Augment(experiment.augment)
     per_epoch = count_batches(len(training), spec.batch_size)
     total = spec.epochs * per_epoch
 
@@ -133,9 +135,7 @@ def train(
                 images, labels = images.to(device), labels.to(device)
                 if spec.precision == "float64":
                     images = images.double()
-                with _autocast(spec.precision, device):
-                    logits = network(images)
-                loss = objective(logits, labels, network.head.distances(), share)
+                loss = objective.of(network, images, labels, share, _autocast(spec.precision, device))
                 manifold.zero_grad(set_to_none=True)
                 rest.zero_grad(set_to_none=True)
                 loss.backward()
@@ -196,14 +196,22 @@ def train(
 
 
 def make_orthogonal_optimizer(params: list[nn.Parameter], experiment: Experiment) -> OrthogonalOptimizer:
-    """Return the optimiser on the orthogonal group that the experiment names."""
-    spec = experiment.optim
-    if not params:
-        raise ConfigError("the network has no orthogonal matrices; choose a system that declares some")
+    """Return the optimiser on the orthogonal group that the experiment names; `params` may be empty."""
+    spec, groups = experiment.optim, [{"params": params}]
     if spec.name == "adam":
-        return OrthogonalAdam(params, lr=spec.lr, betas=spec.betas, lookahead=spec.lookahead)
+        return OrthogonalAdam(groups, lr=spec.lr, betas=spec.betas, lookahead=spec.lookahead)
     half = torch.bfloat16 if experiment.train.precision == "bfloat16" else None
-    return ManifoldMuon(params, lr=spec.lr, momentum=spec.momentum, sign_dtype=half, lookahead=spec.lookahead)
+    return ManifoldMuon(groups, lr=spec.lr, momentum=spec.momentum, sign_dtype=half, lookahead=spec.lookahead)
+
+
+def make_euclidean_optimizer(params: list[nn.Parameter], spec: OptimSpec) -> torch.optim.Optimizer:
+    """Return the optimiser of all other parameters; `params` may be empty."""
+    groups, lr, decay = [{"params": params}], spec.euclidean_lr, spec.weight_decay
+    if spec.euclidean == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=spec.momentum, weight_decay=decay, nesterov=True)
+    if spec.euclidean == "adam":
+        return torch.optim.AdamW(groups, lr=lr, betas=spec.betas, weight_decay=decay)
+    return torch.optim.NAdam(groups, lr=lr, betas=spec.betas, weight_decay=decay, decoupled_weight_decay=True)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -253,7 +261,7 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager[An
 
 def _drift(matrices: list[nn.Parameter]) -> float:
     """The largest `||W^T W - I||_F` over all orthogonal matrices."""
-    return max(residual(matrix.detach()).max().item() for matrix in matrices)
+    return max((residual(matrix.detach()).max().item() for matrix in matrices), default=0.0)
 
 
 def _state(progress: Progress, parts: dict[str, Any]) -> dict[str, Any]:

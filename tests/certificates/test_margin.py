@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lipnext.bounds.spectral import estimate_spectral_norm
 from lipnext.certificates import margin
 from lipnext.certificates.margin import MarginCertifier, head_distances
 from lipnext.core.bound import Estimate, LipschitzBound
@@ -21,7 +22,6 @@ from lipnext.core.module import LipschitzModule
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.propagation import after_product
 from lipnext.core.rounding import RoundingState
-from lipnext.manifold.spectral import estimate_spectral_norm
 from lipnext.nn import mixing
 from lipnext.nn.block import ShiftBlock
 from lipnext.nn.head import UnitRowHead

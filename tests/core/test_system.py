@@ -24,7 +24,8 @@ def system(**changes: Any) -> System:
 
 def test_a_complete_record_is_frozen() -> None:
     record = system()
-    assert record.loss is None
+    assert record.losses == {}
+    assert record.published is None
     with pytest.raises(AttributeError):
         record.summary = "other"  # type: ignore[misc]
 

@@ -1,5 +1,6 @@
 """What every system keeps, whatever it is made of; a new file in `lipnext/systems` is tested at once."""
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipnext import losses, systems
+from lipnext import systems
 from lipnext.auditing.attack import AttackResult, minimal_norm, pgd, violations
 from lipnext.auditing.lipschitz import estimate_lipschitz
 from lipnext.auditing.orthogonality import residuals
 from lipnext.core.certificate import Certificate
 from lipnext.core.classifier import Classifier
 from lipnext.core.errors import DataError, UnsoundError
-from lipnext.core.experiment import Experiment
+from lipnext.core.experiment import Experiment, LossSpec
 from lipnext.core.module import LipschitzModule
 from lipnext.core.seed import generator, seeded
 from lipnext.core.system import System
@@ -31,6 +32,7 @@ from lipnext.optim.groups import split_parameters
 from lipnext.optim.muon import ManifoldMuon
 from lipnext.optim.orthogonal import OrthogonalOptimizer
 from lipnext.optim.orthogonal_adam import OrthogonalAdam
+from lipnext.training.objective import Objective
 
 SHAPE, CLASSES, STEPS = (1, 8, 8), 4, 20
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], OrthogonalOptimizer]] = {
@@ -65,13 +67,9 @@ def pictures() -> tuple[Tensor, Tensor]:
 
 
 def loss_of(system: System, net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    logits = net(images)
-    if system.loss is not None:
-        return system.loss(logits, labels)
-    head = getattr(net, "head", None)
-    if hasattr(head, "distances"):
-        logits = losses.emma(logits, labels, head.distances(), radius=0.2)
-    return losses.cross_entropy(logits, labels, temperature=0.25)
+    make = system.experiments.get("tiny")
+    spec = LossSpec(temperature=0.25) if make is None else make().loss
+    return Objective(spec, system.losses).of(net, images, labels, 0.2, contextlib.nullcontext())
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,12 @@ def test_logits_have_the_right_form_and_gradients_reach_every_parameter(
     logits = net(images.to(dtype))
     assert logits.shape == (len(images), CLASSES)
     assert logits.dtype == dtype
-    alone = torch.cat([net(image[None].to(dtype)) for image in images[:3]])
+    deployed = copy.deepcopy(net).eval()
+    alone = torch.cat([deployed(image[None].to(dtype)) for image in images[:3]])
     # A sum of a few hundred terms may be ordered differently for another batch.
-    torch.testing.assert_close(alone, logits[:3], rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        alone, deployed(images.to(dtype))[:3], rtol=0, atol=1e3 * torch.finfo(dtype).eps
+    )
     functional.cross_entropy(logits, labels).backward()
     for path, parameter in net.named_parameters():
         assert parameter.grad is not None, path

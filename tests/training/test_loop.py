@@ -268,9 +268,18 @@ def test_a_checkpoint_of_another_experiment_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "run", experiment("seed=1"))
 
 
-def test_a_network_without_orthogonal_matrices_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the network has no orthogonal matrices; choose a system"):
-        loop.make_orthogonal_optimizer([], experiment())
+@pytest.mark.parametrize("rule", ["nadam", "adam", "sgd"])
+def test_the_euclidean_optimiser_is_the_one_named_and_may_have_nothing_to_do(rule: str) -> None:
+    spec = experiment(f"optim.euclidean={rule}", "optim.euclidean_lr=0.5", "optim.weight_decay=0.1").optim
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = loop.make_euclidean_optimizer([parameter], spec)
+    assert type(optimizer).__name__.lower() == {"adam": "adamw"}.get(rule, rule)
+    parameter.grad = torch.zeros(3)
+    optimizer.step()
+    # Without a gradient only the decay acts: 1 - lr decay, and Nesterov momentum 0.95 adds to it for sgd.
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.95 if rule != "sgd" else 0.9025))
+    loop.make_euclidean_optimizer([], spec).step()
+    loop.make_orthogonal_optimizer([], experiment()).retract()
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cuda", "cpu:x", ""])
@@ -295,7 +304,7 @@ def test_automatic_precision_is_resolved_once_and_for_all() -> None:
 
 def test_the_loop_has_no_parameter_for_a_test_part() -> None:
     assert list(inspect.signature(train).parameters) == [
-        "network", "experiment", "training", "validation", "folder", "reporter", "tensorboard",
+        "network", "experiment", "training", "validation", "folder", "losses", "reporter", "tensorboard",
     ]  # fmt: skip
     assert "test" not in {name for name in vars(loop) if not name.startswith("__")}
 

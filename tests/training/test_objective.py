@@ -1,9 +1,12 @@
+import contextlib
 import math
 
 import pytest
 import torch
 from torch.nn import functional
 
+from lipnext import losses
+from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import LossSpec
 from lipnext.training.objective import Objective
 
@@ -46,3 +49,28 @@ def test_the_loss_grows_with_the_radius() -> None:
     losses = [objective(LOGITS, LABELS, DISTANCES, p).item() for p in (0, 0.5, 1)]
     assert losses == sorted(losses)
     assert losses[0] < losses[2]
+
+
+def test_a_loss_that_nobody_has_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"loss.name: there is no loss 'ema'; did you mean 'emma'"):
+        Objective(LossSpec(name="ema"))
+
+
+def test_a_system_can_bring_a_loss_of_its_own() -> None:
+    seen = {}
+
+    def own(network: object, images: torch.Tensor, labels: torch.Tensor, **rest: object) -> torch.Tensor:
+        seen.update(rest, network=network)
+        return images.sum() + labels.sum()
+
+    spec = LossSpec(name="own", radius="0.5", ramp_from=1, ramp_to=1)
+    network = object()
+    loss = Objective(spec, {"own": own}).of(network, LOGITS, LABELS, 0.3, contextlib.nullcontext())  # type: ignore[arg-type]
+    assert loss.item() == LOGITS.sum().item() + 1
+    assert seen == {"network": network, "spec": spec, "radius": 0.5, "progress": 0.3}
+
+
+def test_the_calibrated_loss_takes_its_numbers_from_the_experiment() -> None:
+    spec = LossSpec(name="cll", radius="0.3", ramp_from=1, ramp_to=1, slack=0.2, penalty=0.01)
+    wanted = losses.cll(LOGITS, LABELS, DISTANCES, 0.3, slack=0.2, penalty=0.01)
+    assert Objective(spec)(LOGITS, LABELS, DISTANCES, 0.5).item() == wanted.item()

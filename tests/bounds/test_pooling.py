@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lipnext.certificates import pooling as module
-from lipnext.certificates.pooling import (
+from lipnext.bounds import pooling as module
+from lipnext.bounds.pooling import (
     adaptive_average_pooling_bound,
     average_pooling_bound,
     l2_pooling_bound,

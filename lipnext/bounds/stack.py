@@ -1,6 +1,6 @@
 """The largest l2 norm in a stack of complex matrices, from above, rounding included.
 
-The matrices are taken as exact, products run in float64, and scalars are rounded upwards, as in `lipnext.manifold.spectral`. A
+The matrices are taken as exact, products run in float64, and scalars are rounded upwards, as in `lipnext.bounds.spectral`. A
 complex matrix `A + iB` of shape `(m, n)` is kept as the real one `[A; B]` of shape `(2m, n)`.
 """
 
@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from lipnext.bounds.spectral import _TINY, _U, _mirrored, _power_of_two
 from lipnext.core.errors import UnsoundError
 from lipnext.core.rounding import add_up, gamma, mul_up, sqrt_up
-from lipnext.manifold.spectral import _TINY, _U, _mirrored, _power_of_two
 
 _RESIDUAL_SQUARINGS = 2
 _NEAR = 2e-3  # a residual this small costs at most 0.1 % of the norm, less than Gram iteration may
@@ -95,7 +95,7 @@ def _hermitian_norm_up(stack: Tensor, squarings: int, floor: float) -> float:
 def _gram(stack: Tensor) -> Tensor:
     """`(A + iB)^H (A + iB) = (A^T A + B^T B) + i (A^T B - B^T A)`, exactly Hermitian as stored.
 
-    The real part is mirrored as in `lipnext.manifold.spectral`: BLAS may sum its two triangles in different orders, and the
+    The real part is mirrored as in `lipnext.bounds.spectral`: BLAS may sum its two triangles in different orders, and the
     squaring of a matrix that is not quite Hermitian proves nothing. The imaginary part is skew as it stands, because
     floating-point subtraction is: `fl(a - b) = -fl(b - a)`.
     """

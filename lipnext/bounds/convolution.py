@@ -17,12 +17,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lipnext.certificates.geometry import Pair, as_pair, is_integer
+from lipnext.bounds.geometry import Pair, as_pair, is_integer
+from lipnext.bounds.spectral import absolute_norm_bound
+from lipnext.bounds.stack import largest_norm_up
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import ConfigError, UnsoundError
 from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, gamma, mul_up, sqrt_up
-from lipnext.manifold.spectral import absolute_norm_bound
-from lipnext.manifold.stack import largest_norm_up
 
 _U = UNIT_ROUNDOFF[torch.float64]
 # Error of a cosine or sine in the table. The angle 2 pi j / N < 2 pi has three roundings, 6 pi 2^-53 in all; the assumption
@@ -104,7 +104,7 @@ def absolute_convolution_bound(
     """Bound the l2 norm of the convolution with `|W|`: it measures how the rounding errors of a convolution can add up.
 
     The transfer matrices of a non-negative kernel are largest at frequency zero, entry by entry and therefore in norm, where
-    they are the sum of the taps; that is bounded by Collatz-Wielandt (`lipnext.manifold.spectral.absolute_norm_bound`).
+    they are the sum of the taps; that is bounded by Collatz-Wielandt (`lipnext.bounds.spectral.absolute_norm_bound`).
 
     All arguments but `steps`, the number of power iterations, and all errors are those of `convolution_bound`.
     """

@@ -11,11 +11,11 @@ from fractions import Fraction
 
 import torch
 
-from lipnext.certificates.geometry import Pair, as_pair, is_integer
+from lipnext.bounds.geometry import Pair, as_pair, is_integer
+from lipnext.bounds.spectral import absolute_norm_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import ConfigError
 from lipnext.core.rounding import fraction_up, sqrt_up
-from lipnext.manifold.spectral import absolute_norm_bound
 
 _STEPS = 30  # of power iteration, on small matrices
 

@@ -7,10 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lipnext.core.bound import Estimate, LipschitzBound
-from lipnext.core.errors import UnsoundError
-from lipnext.manifold.haar import haar
-from lipnext.manifold.spectral import (
+from lipnext.bounds.spectral import (
     _mirrored,
     _symmetric_norm_up,
     absolute_norm_bound,
@@ -19,6 +16,9 @@ from lipnext.manifold.spectral import (
     nonnegative_bound,
     spectral_bound,
 )
+from lipnext.core.bound import Estimate, LipschitzBound
+from lipnext.core.errors import UnsoundError
+from lipnext.manifold.haar import haar
 
 BOUNDS = [near_orthogonal_bound, spectral_bound]
 

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipnext.certificates import convolution as module
-from lipnext.certificates.convolution import (
+from lipnext.bounds import convolution as module
+from lipnext.bounds import stack
+from lipnext.bounds.convolution import (
     absolute_convolution_bound,
     convolution_bound,
     schur_convolution_bound,
 )
+from lipnext.bounds.spectral import estimate_spectral_norm
 from lipnext.core.errors import ConfigError, UnsoundError
-from lipnext.manifold import stack
-from lipnext.manifold.spectral import estimate_spectral_norm
 
 # LAPACK's largest singular value may itself be off by a few n u, in either direction; the operators below have n < 600.
 SVD_ERROR = 1e-13

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lipnext.bounds import stack as module
+from lipnext.bounds.stack import largest_norm_up
 from lipnext.core.errors import UnsoundError
-from lipnext.manifold import stack as module
-from lipnext.manifold.stack import largest_norm_up
 
 # LAPACK's largest singular value may itself be off by a few n u, in either direction.
 SVD_ERROR = 1e-13

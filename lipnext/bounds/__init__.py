@@ -1,0 +1,1 @@
+"""Proved norms of layers as pure functions of their weights, rounding included."""

@@ -1,0 +1,105 @@
+"""An unconstrained convolution: its constant is estimated for the loss and proved for the certificate."""
+
+import math
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipnext.bounds.convolution import absolute_convolution_bound, convolution_bound
+from lipnext.core.bound import LipschitzBound
+from lipnext.core.errors import UnsoundError
+from lipnext.core.guard import fast_convolution
+from lipnext.core.module import LipschitzModule
+from lipnext.core.propagation import after_affine, norm_up
+from lipnext.core.rounding import RoundingState
+from lipnext.nn.power_iteration import estimate_convolution_norm
+
+STEPS = 5
+"""Power iterations a training step, from where the last step left off."""
+
+
+class Convolution(LipschitzModule):
+    """A zero-padded convolution on `(B, c_in, H, W)`; `weight (c_out, c_in, k, k)`, `bias (c_out,)` or None.
+
+    Args:
+        channels_in: c_in.
+        channels_out: c_out.
+        kernel: k.
+        input_size: `(H, W)` of the images before padding: the norm depends on it.
+        stride: in both directions.
+        padding: zeros on all sides.
+        bias: whether there is one.
+        generator: source of randomness; the entries of the weight start with variance 1 / (c_in k^2).
+    """
+
+    image: Tensor
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int,
+        input_size: tuple[int, int],
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_size, self.stride, self.padding = input_size, stride, padding
+        fan_in = channels_in * kernel**2
+        start = torch.randn(channels_out, channels_in, kernel, kernel, generator=generator) / math.sqrt(
+            fan_in
+        )
+        self.weight = nn.Parameter(start)
+        self.bias = nn.Parameter(torch.zeros(channels_out)) if bias else None
+        image = torch.randn(1, channels_in, *input_size, generator=generator)
+        self.register_buffer("image", image / torch.linalg.vector_norm(image))
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        kernel = self.weight.shape[-1]
+        height, width = ((side + 2 * self.padding - kernel) // self.stride + 1 for side in self.input_size)
+        return height, width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Apply the layer."""
+        return functional.conv2d(images, self.weight, self.bias, stride=self.stride, padding=self.padding)
+
+    def estimate_lipschitz(self) -> Tensor:
+        """Power iteration on the kernel, kept warm from step to step."""
+        norm, image = estimate_convolution_norm(
+            self.weight, self.image, STEPS, stride=self.stride, padding=self.padding
+        )
+        self.image = image
+        return norm
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Prove the norm of the convolution at this input size by its transfer matrices."""
+        return convolution_bound(self.weight, self.input_size, stride=self.stride, padding=self.padding)
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """Sums of `c_in k^2` products, and the bias, which repeats at every position.
+
+        Raises:
+            UnsoundError: where torch may not compute them as sums of products.
+        """
+        problem = fast_convolution(self.weight.device, state.dtype)
+        if problem is not None:
+            raise UnsoundError(problem)
+        bound = self.lipschitz_bound().value
+        absolute = absolute_convolution_bound(
+            self.weight, self.input_size, stride=self.stride, padding=self.padding
+        )
+        shift = 0.0 if self.bias is None else norm_up(self.bias, copies=math.prod(self.output_size))
+        return after_affine(state, math.prod(self.weight.shape[1:]), bound, absolute, shift)
+
+    def materialise(self) -> Self:
+        """Return a copy without the image of the power iteration."""
+        layer = super().materialise()
+        layer.register_buffer("image", None)
+        return layer

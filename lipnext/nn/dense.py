@@ -1,0 +1,72 @@
+"""An unconstrained dense layer: its constant is estimated for the loss and proved for the certificate."""
+
+import math
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipnext.bounds.spectral import absolute_norm_bound, spectral_bound
+from lipnext.core.bound import LipschitzBound
+from lipnext.core.module import LipschitzModule
+from lipnext.core.propagation import after_affine, norm_up
+from lipnext.core.rounding import RoundingState
+from lipnext.nn.power_iteration import estimate_dense_norm
+
+STEPS = 5
+"""Power iterations a training step, from where the last step left off."""
+
+
+class Dense(LipschitzModule):
+    """`x -> W x + b` on the last dimension; `weight (m, n)`, `bias (m,)` or None.
+
+    Args:
+        features_in: n.
+        features_out: m.
+        bias: whether there is one.
+        generator: source of randomness; the entries of the weight start with variance 1 / n.
+    """
+
+    vector: Tensor
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        bias: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        start = torch.randn(features_out, features_in, generator=generator) / math.sqrt(features_in)
+        self.weight = nn.Parameter(start)
+        self.bias = nn.Parameter(torch.zeros(features_out)) if bias else None
+        vector = torch.randn(features_in, generator=generator)
+        self.register_buffer("vector", vector / torch.linalg.vector_norm(vector))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def estimate_lipschitz(self) -> Tensor:
+        """Power iteration on the weight, kept warm from step to step."""
+        norm, vector = estimate_dense_norm(self.weight, self.vector, STEPS)
+        self.vector = vector
+        return norm
+
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Prove `||W||_2` by Gram iteration."""
+        return spectral_bound(self.weight)
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """A product with n terms in each sum, and the bias."""
+        bound, absolute = self.lipschitz_bound().value, absolute_norm_bound(self.weight)
+        shift = 0.0 if self.bias is None else norm_up(self.bias)
+        return after_affine(state, self.weight.shape[1], bound, absolute, shift)
+
+    def materialise(self) -> Self:
+        """Return a copy without the vector of the power iteration."""
+        layer = super().materialise()
+        layer.register_buffer("vector", None)
+        return layer

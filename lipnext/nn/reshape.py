@@ -1,0 +1,71 @@
+"""Layers that move numbers and compute nothing: isometries, exact in floating point."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lipnext.core.bound import LipschitzBound
+from lipnext.core.module import LipschitzModule
+from lipnext.core.rounding import RoundingState
+
+
+class _Isometry(LipschitzModule):
+    def lipschitz_bound(self) -> LipschitzBound:
+        """Return 1: no number is lost, none is changed."""
+        return LipschitzBound(value=1.0, norm=2.0, proof="isometry")
+
+    def rounding(self, state: RoundingState) -> RoundingState:
+        """No arithmetic, no error."""
+        return state
+
+
+class Flatten(_Isometry):
+    """`(B, ...)` to `(B, n)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Flatten all but the batch."""
+        return x.flatten(1)
+
+
+class PadChannels(_Isometry):
+    """`(B, c, H, W)` to `(B, channels, H, W)`: what is missing is zero.
+
+    Args:
+        channels: at least c.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Append channels of zeros."""
+        spare = self.channels - images.shape[1]
+        if spare < 0:  # a negative padding would silently cut channels off
+            raise ValueError(f"`channels` must be at least {images.shape[1]}, got {self.channels}.")
+        return functional.pad(images, (0, 0, 0, 0, 0, spare))
+
+
+class Unshuffle(_Isometry):
+    """Space-to-depth: `(B, c, H, W)` to `(B, c s^2, H / s, W / s)`; channels are ordered (c, row, column in the patch).
+
+    An image whose sides are no multiple of s is padded with zeros on the right and below.
+
+    Args:
+        factor: s.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Rearrange."""
+        s = self.factor
+        pad_h, pad_w = -images.shape[2] % s, -images.shape[3] % s
+        if pad_h or pad_w:
+            images = functional.pad(images, (0, pad_w, 0, pad_h))
+        if not len(images):  # torch returns an empty batch unchanged
+            channels, height, width = images.shape[1:]
+            return images.reshape(0, channels * s * s, height // s, width // s)
+        return torch.nn.functional.pixel_unshuffle(images, s)
