@@ -20,6 +20,7 @@ from lipnext.core.seed import generator
 # scikit-learn take a second to import and most runs need one of them at most.
 SOURCES = {
     "digits": "lipnext.data.digits",
+    "two-moons": "lipnext.data.two_moons",
     "idx": "lipnext.data.idx",
     "parquet": "lipnext.data.parquet",
     "cifar-binary": "lipnext.data.cifar_binary",
@@ -193,9 +194,9 @@ def named(source: object) -> Iterator[None]:
 
 def _refuse_unused(spec: DataSpec) -> None:
     """Refuse settings that the source would silently ignore."""
-    if spec.name == "digits" and spec.path is not None:
+    if spec.name in ("digits", "two-moons") and spec.path is not None:
         raise ConfigError(
-            f"data.path: the digits are built in, got '{spec.path}'; leave it out or set data.name"
+            f"data.path: the {spec.name} are built in, got '{spec.path}'; leave it out or set data.name"
         )
     if spec.size is not None and spec.name != "folder":
         raise ConfigError(f"data.size: only 'folder' resizes, not '{spec.name}'; leave it out")

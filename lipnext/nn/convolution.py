@@ -11,7 +11,7 @@ from lipnext.bounds.convolution import absolute_convolution_bound, convolution_b
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import UnsoundError
 from lipnext.core.guard import fast_convolution
-from lipnext.core.module import LipschitzModule
+from lipnext.core.local import AffineModule
 from lipnext.core.propagation import after_affine, norm_up
 from lipnext.core.rounding import RoundingState
 from lipnext.nn.power_iteration import estimate_convolution_norm
@@ -20,7 +20,7 @@ STEPS = 5
 """Power iterations a training step, from where the last step left off."""
 
 
-class Convolution(LipschitzModule):
+class Convolution(AffineModule):
     """A zero-padded convolution on `(B, c_in, H, W)`; `weight (c_out, c_in, k, k)`, `bias (c_out,)` or None.
 
     Args:
@@ -70,6 +70,26 @@ class Convolution(LipschitzModule):
         """Apply the layer."""
         return functional.conv2d(images, self.weight, self.bias, stride=self.stride, padding=self.padding)
 
+    @property
+    def direction(self) -> Tensor:
+        """Where the power iteration stands, `(1, c_in, H, W)`."""
+        return self.image
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve with a kernel and no bias."""
+        return functional.conv2d(x, weight, stride=self.stride, padding=self.padding)
+
+    def adjoint(self, y: Tensor, weight: Tensor) -> Tensor:
+        """Convolve back; pixels that the stride never meets get zero."""
+        kernel = weight.shape[-1]
+        height, width = (
+            side - ((out - 1) * self.stride - 2 * self.padding + kernel)
+            for side, out in zip(self.input_size, y.shape[2:], strict=True)
+        )
+        return functional.conv_transpose2d(
+            y, weight, stride=self.stride, padding=self.padding, output_padding=(height, width)
+        )
+
     def estimate_lipschitz(self) -> Tensor:
         """Power iteration on the kernel, kept warm from step to step."""
         norm, image = estimate_convolution_norm(
@@ -99,7 +119,7 @@ class Convolution(LipschitzModule):
         return after_affine(state, math.prod(self.weight.shape[1:]), bound, absolute, shift)
 
     def materialise(self) -> Self:
-        """Return a copy without the image of the power iteration."""
+        """Return a copy whose image of the power iteration is not saved with it."""
         layer = super().materialise()
-        layer.register_buffer("image", None)
+        layer.register_buffer("image", layer.image, persistent=False)
         return layer

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lipnext.bounds.spectral import absolute_norm_bound, spectral_bound
 from lipnext.core.bound import LipschitzBound
-from lipnext.core.module import LipschitzModule
+from lipnext.core.local import AffineModule
 from lipnext.core.propagation import after_affine, norm_up
 from lipnext.core.rounding import RoundingState
 from lipnext.nn.power_iteration import estimate_dense_norm
@@ -18,7 +18,7 @@ STEPS = 5
 """Power iterations a training step, from where the last step left off."""
 
 
-class Dense(LipschitzModule):
+class Dense(AffineModule):
     """`x -> W x + b` on the last dimension; `weight (m, n)`, `bias (m,)` or None.
 
     Args:
@@ -49,6 +49,19 @@ class Dense(LipschitzModule):
         """Apply the layer."""
         return functional.linear(x, self.weight, self.bias)
 
+    @property
+    def direction(self) -> Tensor:
+        """Where the power iteration stands, `(1, n)`."""
+        return self.vector[None]
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return `W x` for rows x."""
+        return functional.linear(x, weight)
+
+    def adjoint(self, y: Tensor, weight: Tensor) -> Tensor:
+        """Return `W^T y` for rows y."""
+        return y @ weight
+
     def estimate_lipschitz(self) -> Tensor:
         """Power iteration on the weight, kept warm from step to step."""
         norm, vector = estimate_dense_norm(self.weight, self.vector, STEPS)
@@ -66,7 +79,7 @@ class Dense(LipschitzModule):
         return after_affine(state, self.weight.shape[1], bound, absolute, shift)
 
     def materialise(self) -> Self:
-        """Return a copy without the vector of the power iteration."""
+        """Return a copy whose vector of the power iteration is not saved with it."""
         layer = super().materialise()
-        layer.register_buffer("vector", None)
+        layer.register_buffer("vector", layer.vector, persistent=False)
         return layer
