@@ -52,6 +52,8 @@ def main() -> None:
     document = {
         "preset": f"nearest-neighbour-{experiment.preset}",
         "system": "nearest neighbour",
+        "norm": "l2",
+        "kind": "deterministic",
         "n": len(radius),
         "clean": right.double().mean().item(),
         "cra": {

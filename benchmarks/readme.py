@@ -15,9 +15,13 @@ from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lipnext.deployment.figures import Curve, certified_accuracy, save
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("findings", "export", "zoo")))
 ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust")
 BASELINES = ("digits", "fashion-mnist-cpu", "cifar10-cpu")
 EPS = ("36/255", "72/255", "108/255")
@@ -231,6 +235,36 @@ def dense_table() -> str:
     return "\n".join(lines)
 
 
+def zoo_table() -> str:
+    """The packaged models."""
+    lines = [
+        "| name | experiment | clean | " + " | ".join(f"CRA {e}" for e in EPS) + " | ACR |",
+        "|" + "---|" * 7,
+    ]
+    for folder in sorted(path.parent for path in (ROOT / "lipnext" / "zoo").glob("*/result.json")):
+        r = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        figures = (r["clean"], *(r["cra"][e] for e in EPS), r["acr"])
+        cells = [f"`{folder.name}`", f"`{r['system']}/{r['preset']}`", *(floor(f) for f in figures)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def export_table() -> str:
+    """Packaged models in onnxruntime, on whole test parts."""
+    lines = [
+        "| model | program | images | other labels | margins differ by at most | proved bound | radius above the certificate's "
+        "| below |",
+        "|" + "---|" * 8,
+    ]
+    for document in load("export.json"):
+        for r in document["rows"]:
+            numbers = ("margin_difference", "margin_bound", "radius_above", "radius_below")
+            cells = [f"`{r['model']}`", r["dtype"], str(r["images"]), str(r["other_labels"])]
+            cells += [f"{max(0.0, r[key]):.1e}" for key in numbers]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "optimizers": optimizers_table,
@@ -244,6 +278,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost_table,
     "neighbours": neighbours_table,
     "dense": dense_table,
+    "zoo": zoo_table,
+    "export": export_table,
 }
 
 
@@ -259,42 +295,21 @@ def rendered(page: Path) -> str:
 
 def draw(path: Path) -> None:
     """Certified accuracy against radius: one curve a model, dashed for the nearest-neighbour certificate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    colours = {"digits": "C0", "fashion-mnist-cpu": "C1", "cifar10-cpu": "C2", "cifar10-cpu-robust": "C3"}
-    for name in ROWS:
-        for result in load(f"{name}-seed0.json"):
-            axes.plot(*points(result), color=colours[name], label=name)
+    curves = []
+    for colour, name in enumerate(ROWS):
+        curves += [curve(result, name, colour) for result in load(f"{name}-seed0.json")]
     for name in BASELINES:
         for result in load(f"nearest-neighbour-{name}.json"):
-            axes.plot(
-                *points(result), "--", color=colours[name], alpha=0.6, label=f"nearest neighbour, {name}"
-            )
-    for n in (36, 72, 108):
-        axes.axvline(n / 255, color="0.8", linewidth=0.8, zorder=0)
-        axes.text(
-            n / 255,
-            1.01,
-            f"{n}/255",
-            ha="center",
-            fontsize=8,
-            color="0.4",
-            transform=axes.get_xaxis_transform(),
-        )
-    axes.set(
-        xlabel="l2 radius, pixels in [0, 1]", ylabel="certified accuracy, test part", xlim=(0, 1), ylim=(0, 1)
+            curves.append(curve(result, f"nearest neighbour, {name}", ROWS.index(name), dashed=True))
+    save(certified_accuracy(curves), path)
+
+
+def curve(result: dict[str, Any], name: str, colour: int, dashed: bool = False) -> Curve:
+    """The curve of a result file, told on a grid of l2 radii: between two of them what holds at the larger one."""
+    radius, accuracy = (np.array(result["curve"][key]) for key in ("radius", "accuracy"))
+    return Curve(
+        name=name, radius=radius[:-1], accuracy=accuracy[1:], norm="l2", colour=colour, dashed=dashed
     )
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-
-
-def points(result: dict[str, Any]) -> tuple[list[float], list[float]]:
-    return result["curve"]["radius"], result["curve"]["accuracy"]
 
 
 def main() -> None:

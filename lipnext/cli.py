@@ -5,13 +5,14 @@ import json
 import os
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from lipnext._version import __version__
 from lipnext.core.eps import parse_eps_list, round_down, round_up
@@ -29,6 +30,8 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+_RUN = "A run folder or any folder with a bundle, a packaged model (lipnext zoo list), or hf:owner/name"
+Run = Annotated[str, typer.Argument(help=f"{_RUN}.")]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -109,9 +112,7 @@ def train(
 
 @app.command()
 def certify(
-    run: Annotated[
-        str | None, typer.Argument(help="A run folder, or any folder with a bundle; or --model instead.")
-    ] = None,
+    run: Annotated[str | None, typer.Argument(help=f"{_RUN}; or --model instead.")] = None,
     data: Data = None,
     model: Annotated[
         str | None, typer.Option(help="A network of your own, file.py:factory; the file is run.")
@@ -162,9 +163,10 @@ def certify(
             raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")
     meaning = cast("Semantics | None", semantics)
     if run is not None:
+        folder = _locate(run)
         if wanted is None:
-            wanted = parse_eps_list(load_experiment(Path(run)).certify.eps)
-        certificate, test = runs.certify_run(run, data, semantics=meaning, arithmetic=arithmetic)
+            wanted = parse_eps_list(load_experiment(folder).certify.eps)
+        certificate, test = runs.certify_run(folder, data, semantics=meaning, arithmetic=arithmetic)
     else:
         assert model is not None
         if wanted is None:
@@ -190,7 +192,7 @@ def certify(
 
 @app.command()
 def verify(
-    run: Annotated[str, typer.Argument(help="A run folder, or any folder with a bundle.")],
+    run: Run,
     images: Annotated[str | None, typer.Option(help=".npy file written by certify --images.")] = None,
     records: Annotated[str | None, typer.Option(help=".jsonl file written by certify --records.")] = None,
     samples: Annotated[int, typer.Option(help="Radii to re-prove.")] = 100,
@@ -199,7 +201,7 @@ def verify(
     """Check a bundle with a program that shares no code with this one; exit 0 only if everything holds."""
     from lipnext.verify import main as check
 
-    command = [run, "--samples", str(samples)]
+    command = [str(_locate(run)), "--samples", str(samples)]
     for option, value in (("--images", images), ("--records", records)):
         command += [option, value] if value is not None else []
     raise typer.Exit(check([*command, "--json"] if as_json else command))
@@ -207,7 +209,7 @@ def verify(
 
 @app.command()
 def audit(
-    run: Annotated[str, typer.Argument(help="A run folder, or any folder with a bundle.")],
+    run: Run,
     data: Data = None,
     samples: Annotated[int, typer.Option(help="Images drawn from the test part.")] = 100,
     attacks: Annotated[
@@ -219,31 +221,301 @@ def audit(
     out: Annotated[
         str | None, typer.Option(help="Also write the document to a .json file; reproducers go beside it.")
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(help="Also write a page for people to an .html file (extra: lipnext[report])."),
+    ] = None,
+    min_cra: Annotated[
+        list[str] | None,
+        typer.Option(help="EPS:SHARE, such as 36/255:0.55, that the whole test part must reach; repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Try to refute a run's certificates by attacks, slopes and recounts; exit 5 if one is refuted."""
-    from lipnext import runs
+    """Certify a test part and try to refute it by attacks, slopes and recounts on a sample; exit 5 if refuted."""
+    from lipnext import reports
     from lipnext.auditing.audit import write_reproducers
     from lipnext.core.errors import ConfigError, ViolationError
-    from lipnext.core.files import atomic_write
+    from lipnext.core.files import atomic_write, write_json
 
-    if out is not None and not out.endswith(".json"):
-        raise ConfigError(f"--out must end in .json, got '{out}'")
-    if out is not None and not Path(out).resolve().parent.is_dir():
-        raise ConfigError(f"--out: the folder {Path(out).resolve().parent} does not exist")
-    found = runs.audit(run, data, samples=samples, attacks=attacks, eps=eps)
-    files = write_reproducers(found.violations, Path(run) if out is None else Path(out).resolve().parent)
-    document = found.document() | {"reproducers": [path.name for path in files]}
+    for option, path, ending in (("--out", out, ".json"), ("--html", html, ".html")):
+        if path is not None and not path.endswith(ending):
+            raise ConfigError(f"{option} must end in {ending}, got '{path}'")
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")
+    if html is not None:
+        reports.check_installed("jinja2", "matplotlib")
+    _locate(run)  # says what RUN stands for
+    report = reports.audit(run, data, samples=samples, attacks=attacks, eps=eps, min_cra=min_cra or [])
+    violations = report.audit.violations
+    beside = Path(run) if Path(run).is_dir() else Path.cwd()
+    files = write_reproducers(violations, beside if out is None else Path(out).resolve().parent)
+    document = report.document | {"reproducers": [file.name for file in files]}
     if out is not None:
-        with atomic_write(out) as file:
-            file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        write_json(out, document)
+    if html is not None:
+        with atomic_write(html) as file:
+            file.write(report.html())
     if as_json:
         _print_json(document)
     else:
         _print_audit(document, run)
-    if found.violations:
+    if violations:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        raise ViolationError(f"refuted: {found.violations[0].detail}; see {files[0]}{more}")
+        raise ViolationError(f"refuted: {violations[0].detail}; see {files[0]}{more}")
+    report.check_gates()
+
+
+@app.command()
+def plot(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run folders, or .jsonl files written by certify --records."),
+    ],
+    out: Annotated[str, typer.Option(help="The figure, a .png or .svg file.")],
+    training: Annotated[
+        bool, typer.Option("--training", help="Draw the training logs instead of certified accuracy.")
+    ] = False,
+) -> None:
+    """Draw certified accuracy against radius, or the training, of several runs (extra: lipnext[report])."""
+    from lipnext import reports
+
+    reports.plot(runs, out, training=training)
+    print(out)
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option(help="onnx, torch (a torch.export program), safetensors or vnnlib.")],
+    out: Annotated[
+        str,
+        typer.Option(help="The file: .onnx, .pt2, .safetensors or .vnnlib; programs get OUT.json beside."),
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="In which an onnx or torch program computes: float64 (default) or float32."),
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="For vnnlib: number of an image of the test part.")
+    ] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="For vnnlib: l2 radius of the ball, such as 36/255.")
+    ] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Write the network for another runtime, with its certificate, or a query for another verifier."""
+    from lipnext import runs
+    from lipnext.core.errors import ConfigError
+
+    if to == "vnnlib":
+        if sample is None or eps is None or dtype is not None:
+            raise ConfigError("export to vnnlib takes --sample and --eps, and no --dtype")
+        report = runs.export_query(_locate(run), out, sample=sample, eps=eps, data=data)
+        text = f"image {sample}, label {report['label']}, certified radius {round_down(report['radius'], 6)}"
+    else:
+        if sample is not None or eps is not None or data is not None:
+            raise ConfigError("--sample, --eps and --data are for --to vnnlib; leave them out")
+        if to == "safetensors" and dtype is not None:
+            raise ConfigError("export to safetensors keeps the weights as they are stored; leave --dtype out")
+        report = runs.export(_locate(run), to, out, dtype=dtype or "float64")
+        text = f"{report['bytes']} bytes"
+        if "checked" in report:
+            text += (
+                f", {report['arithmetic']}, read back and run on {report['checked']} random images: margins differ by "
+                f"{report['difference']:.1e} at most, {report['allowed']:.1e} is allowed"
+            )
+    if as_json:
+        _print_json(report)
+    else:
+        print(f"{out}: {text}; weights {report['model_sha256'][:12]}")
+
+
+@app.command()
+def push(
+    run: Run,
+    name: Annotated[str, typer.Argument(help="The repository on the Hugging Face hub, owner/name.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be sent; send nothing.")
+    ] = False,
+    out: Annotated[str | None, typer.Option(help="Also keep what is sent in this new folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Send a finished run to the Hugging Face hub, with a model card of its measured numbers."""
+    from lipnext import runs
+
+    report = runs.push(_locate(run), name, out, dry_run=dry_run)
+    if as_json:
+        _print_json(report)
+        return
+    for file, size in report["files"].items():
+        print(f"{size:>9}  {file}")
+    print(f"sent nothing to {name}" if report["url"] is None else report["url"])
+
+
+zoo = typer.Typer(no_args_is_help=True, help="The packaged models: list them, derive their numbers again.")
+app.add_typer(zoo, name="zoo")
+
+
+@zoo.command("list")
+def zoo_list(as_json: Json = False) -> None:
+    """List the packaged models with what was measured."""
+    from lipnext.zoo import entries
+
+    rows = entries()
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("model", "clean", *(f"CRA {name}" for name in rows[0]["cra"]), "ACR")
+    for row in rows:
+        shares = [_share(share, row["n"]) for share in (row["clean"], *row["cra"].values())]
+        table.add_row(row["name"], *(round_down(share, 4) for share in (*shares, row["acr"])))
+    Console().print(table)
+    for row in rows:
+        print(
+            f"{row['name']}: {row['system']}/{row['preset']}, {row['norm']} {row['kind']}, semantics {row['semantics']}, "
+            f"weights {row['model_sha256'][:12]}"
+        )
+
+
+@zoo.command("verify")
+def zoo_verify(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; default all.")] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Derive every published number again, as far as the data is at hand; exit 0 only if all of it holds."""
+    from lipnext.core.errors import ConfigError
+    from lipnext.deployment.locate import packaged
+    from lipnext.zoo import check
+
+    if data is not None and len(names or []) != 1:
+        raise ConfigError(
+            "--data is the data set of one model; name it, as in lipnext zoo verify fashion-mnist"
+        )
+    reports = []
+    for name in names or packaged():
+        report = check(name, data)
+        reports.append(report)
+        if not as_json:
+            verdict = "holds" if report["holds"] else "; ".join(report["problems"])
+            print(f"{name}: {verdict} (bundle verified; test part: {report['test']})", flush=True)
+    if as_json:
+        _print_json(reports)
+    if not all(report["holds"] for report in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    what: Annotated[
+        list[str],
+        typer.Argument(help="Run folders, and experiments to train, such as lipnext/digits cll/digits."),
+    ],
+    data: Data = None,
+    folder: Annotated[str, typer.Option(help="Where the experiments are trained.")] = "runs/compare",
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Training time of each experiment; its epochs are what fits, measured here."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each experiment.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each experiment: seeds 0, 1, ...")] = 1,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, for each experiment; repeatable.")
+    ] = None,
+    eps: Annotated[
+        str, typer.Option(help="Radii in pixel units of images in [0, 1].")
+    ] = "36/255,72/255,108/255,1",
+    attacked: Annotated[int, typer.Option(help="Test images to attack; 0 is none.")] = 0,
+    nearest_neighbour: Annotated[
+        bool, typer.Option(help="The nearest-neighbour certificate of the training part as a row.")
+    ] = True,
+    out: Annotated[str | None, typer.Option(help="Also write the table to a .json file.")] = None,
+    figure: Annotated[
+        str | None, typer.Option(help="Also draw certified accuracy against radius to a .png or .svg file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train or load several runs on the same data and certify them in one table, with paired intervals."""
+    from lipnext.comparison import compare as compare_runs
+    from lipnext.comparison import curves
+    from lipnext.core.errors import ConfigError, ViolationError
+    from lipnext.core.files import write_json
+    from lipnext.deployment import figures
+
+    for option, path, ends in (("--out", out, (".json",)), ("--figure", figure, (".png", ".svg"))):
+        if path is not None and not path.endswith(ends):
+            raise ConfigError(f"{option} must end in {' or '.join(ends)}, got '{path}'")
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")
+    if figure is not None:
+        figures.check_installed("matplotlib")
+    document = compare_runs(
+        what,
+        data=data,
+        folder=folder,
+        minutes=minutes,
+        epochs=epochs,
+        seeds=seeds,
+        overrides=overrides or [],
+        eps=eps,
+        attacked=attacked,
+        nearest_neighbour=nearest_neighbour,
+    )
+    if out is not None:
+        write_json(Path(out), document)
+    if figure is not None:
+        figures.save(figures.certified_accuracy(curves(document)), Path(figure))
+    if as_json:
+        _print_json(document)
+    else:
+        _print_comparison(document)
+    refuted = [row["name"] for row in document["rows"] if row["attacked"] and row["attacked"]["violations"]]
+    if refuted:
+        raise ViolationError(f"refuted: {', '.join(refuted)}; lipnext audit the run to see how")
+
+
+@app.command()
+def serve(
+    run: Annotated[str, typer.Argument(help="A run folder, or any folder with a bundle.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine reach it only if you say so.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    abstain_below: Annotated[
+        str | None, typer.Option(help="Tell no label unless its radius is above, such as 36/255.")
+    ] = None,
+    token_file: Annotated[
+        str | None,
+        typer.Option(help="File with the token that clients must send; or the variable LIPNEXT_TOKEN."),
+    ] = None,
+) -> None:
+    """Answer requests for labels and radii over HTTP, with a page for people (extra: lipnext[serve])."""
+    from lipnext.core.eps import parse_eps
+    from lipnext.core.errors import ConfigError
+    from lipnext.deployment.locate import locate
+
+    least = None if abstain_below is None else parse_eps(abstain_below)
+    token = os.environ.get("LIPNEXT_TOKEN")
+    if token_file is not None:
+        token = Path(token_file).read_text(encoding="utf-8").strip()
+    folder = locate(run)
+    try:
+        from lipnext.serving.server import is_loopback
+        from lipnext.serving.server import serve as serve_bundle
+    except ImportError as error:
+        raise ConfigError(f'serve needs {error.name}; pip install "lipnext[serve]"') from error
+    if token is None and not is_loopback(host):
+        print(
+            f"lipnext: warning: everybody who reaches {host} port {port} can use this server; set LIPNEXT_TOKEN or "
+            "--token-file",
+            file=sys.stderr,
+        )
+
+    def ready(url: str) -> None:
+        print(f"serving {run} on {url}; Ctrl-C stops", flush=True)
+
+    serve_bundle(folder, host, port, token=token, abstain_below=least, ready=ready)
 
 
 @app.command()
@@ -271,6 +543,16 @@ def doctor(
         Console().print(table)
     if not healthy:
         raise typer.Exit(1)
+
+
+def _locate(run: str) -> Path:
+    """Find what RUN stands for; say so where it is no folder of the user's."""
+    from lipnext.deployment.locate import locate
+
+    folder = locate(run)
+    if folder != Path(run):
+        print(f"lipnext: {run} is {folder}", file=sys.stderr)
+    return folder
 
 
 def _examine_model(model: str, shape: str, as_json: bool) -> None:
@@ -325,6 +607,11 @@ def _print_audit(document: dict[str, Any], run: str) -> None:
     n = document["n"]
     title = f"{run}: {n} images, clean {round_down(_share(document['clean'], n), 4)}"
     shares = Table("accuracy", *document["cra"], title=title, title_justify="left")
+    whole = document["test_part"]
+    shares.add_row(
+        f"certified, all {whole['n']}",
+        *(round_down(_share(share, whole["n"]), 4) for share in whole["cra"].values()),
+    )
     for name, key, rounded in (
         ("certified", "cra", round_down),
         ("attacked", "attacked", round_up),
@@ -353,6 +640,50 @@ def _print_audit(document: dict[str, Any], run: str) -> None:
         f"weights {document['model_sha256'][:12]}",
         highlight=False,
     )
+
+
+def _print_comparison(document: dict[str, Any]) -> None:
+    """Certified shares are rounded down, attacked ones and constants up."""
+    rows = document["rows"]
+    names = list(rows[0]["cra"])
+    title = f"{document['n']} test images, {document['norm']} {document['kind']}, semantics {document['semantics']}"
+    model = partial(Column, "model", no_wrap=True)
+    shares = Table(
+        model(), "clean", *(f"CRA {e}" for e in names), "ACR", "±", title=title, title_justify="left"
+    )
+    facts = Table(
+        model(), "parameters", "minutes", "trained/s", "certified/s", "K proved", "K published", "seeds"
+    )
+    for row in rows:
+        count = document["n"] * len(row["seeds"])
+        cells = [round_down(_share(share, count), 4) for share in (row["clean"], *row["cra"].values())]
+        spread = max(high - low for low, high in row["interval"].values()) / 2
+        shares.add_row(row["name"], *cells, round_down(row["acr"], 4), round_up(spread, 3))
+        bound, published = row["lipschitz"], row.get("published")
+        speeds = [row.get("training_images_per_second"), row.get("certified_images_per_second")]
+        facts.add_row(
+            row["name"],
+            f"{row['parameters']:,}",
+            "" if row.get("minutes") is None else f"{row['minutes']:.1f}",
+            *("" if speed is None else f"{speed:.0f}" for speed in speeds),
+            "" if bound is None else round_up(bound["bound"], 5),
+            "" if published is None else f"{published['constant']:.5f}",
+            str(len(row["seeds"])),
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a file takes the whole table
+    console.print(shares)
+    console.print(facts)
+    console.print(
+        f"±: half the widest {100 * document['bootstrap']['level']:.0f} % interval of a row", highlight=False
+    )
+    for row in rows:
+        if row["attacked"]:
+            left = ", ".join(f"{e} {round_up(s, 4)}" for e, s in row["attacked"]["accuracy"].items())
+            console.print(
+                f"{row['name']}: attacked accuracy of {row['attacked']['n']} images {left}; "
+                f"{row['attacked']['violations']} refuted",
+                highlight=False,
+            )
 
 
 def _print_json(document: object) -> None:

@@ -1,6 +1,7 @@
 """From an experiment to a finished run and back: what the command line and the Python API share."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,23 @@ from lipnext.auditing.audit import audit as run_audit
 from lipnext.certificates.module import certify_module
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.classifier import Classifier
-from lipnext.core.eps import parse_eps_list
+from lipnext.core.eps import parse_eps, parse_eps_list
 from lipnext.core.errors import BundleError, ConfigError, TrainingError
 from lipnext.core.experiment import DataSpec, Experiment
-from lipnext.core.files import atomic_write
+from lipnext.core.files import atomic_write, write_json
 from lipnext.core.seed import generator
 from lipnext.data.batches import count_batches
 from lipnext.data.dataset import Dataset
 from lipnext.data.dataset import load as load_data
 from lipnext.data.detect import detect
 from lipnext.deployment.bundle import CERTIFICATE, load_bundle, load_experiment, save_bundle
+from lipnext.deployment.export import check_target
+from lipnext.deployment.export import export as export_network
 from lipnext.deployment.factory import load_factory
+from lipnext.deployment.hub import check_repository, upload
+from lipnext.deployment.locate import locate
+from lipnext.deployment.publish import stage
+from lipnext.deployment.vnnlib import query
 from lipnext.training.loop import resolve_precision
 from lipnext.training.loop import train as train_network
 from lipnext.training.progress import reporter
@@ -116,17 +123,20 @@ def train(
         "lipnext_version": __version__,
         "torch_version": torch.__version__,
     }
-    _write_json(folder / RESULT, result)
+    write_json(folder / RESULT, result)
     return result
 
 
 def load(path: str | Path) -> Classifier:
     """Load a finished run or a bundle as a `Classifier`.
 
+    Args:
+        path: a folder, the name of a packaged model, or "hf:owner/name[@revision]".
+
     Raises:
-        BundleError: as `deployment.bundle.load_bundle`.
+        BundleError: as `deployment.bundle.load_bundle` and `deployment.locate.locate`.
     """
-    return load_bundle(Path(path))
+    return load_bundle(locate(path))
 
 
 def certify_run(
@@ -148,7 +158,7 @@ def certify_run(
     Returns:
         The certificate and the test part it speaks of.
     """
-    model, experiment, test = _open(Path(path), data, test)
+    model, experiment, test = _open(locate(path), data, test)
     with reporter("certifying", len(test)) as progress:
         certificate = model.certify(
             test.float_images(),
@@ -198,6 +208,7 @@ def audit(
     attacks: str | None = None,
     eps: str | None = None,
     seed: int = 0,
+    test: Dataset | None = None,
 ) -> Audit:
     """Try to refute the certificates of samples drawn from a test part.
 
@@ -208,6 +219,7 @@ def audit(
         attacks: names, "minimal-norm,pgd,apgd-ce"; None takes `auditing.audit.USUAL`.
         eps: radii, "36/255,72/255"; None takes those of the experiment.
         seed: decides which samples.
+        test: the test part itself, where it is in memory already.
 
     Returns:
         What was found; `violations` is empty for a sound library.
@@ -219,10 +231,11 @@ def audit(
     wanted = None if eps is None else parse_eps_list(eps)
     if samples < 1:
         raise ConfigError(f"samples must be at least 1, got {samples}")
-    model, experiment, test = _open(Path(path), data)
+    folder = locate(path)
+    model, experiment, test = _open(folder, data, test)
     order = torch.randperm(len(test), generator=generator("audit", seed))
     index = order[:samples].sort().values
-    stated = json.loads((Path(path) / CERTIFICATE).read_text(encoding="utf-8"))
+    stated = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     with reporter("auditing", len(index)) as progress:
         return run_audit(
             model,
@@ -236,16 +249,101 @@ def audit(
         )
 
 
+def export(path: str | Path, to: str, out: str | Path, *, dtype: str = "float64") -> dict[str, Any]:
+    """Write a run's network for another runtime; see `deployment.export.export`.
+
+    Args:
+        path: run folder.
+        to: "onnx", "torch" or "safetensors".
+        out: the file, which must end in .onnx, .pt2 or .safetensors.
+        dtype: in which the program computes, "float64" or "float32".
+    """
+    check_target(to, Path(out), dtype)
+    folder = locate(path)
+    return export_network(load_bundle(folder), folder, to, Path(out), dtype)
+
+
+def export_query(
+    path: str | Path, out: str | Path, *, sample: int, eps: str, data: str | None = None
+) -> dict[str, Any]:
+    """Write a VNN-LIB query about one image of a test part; see `deployment.vnnlib.query`.
+
+    Args:
+        path: run folder.
+        out: the file, which must end in .vnnlib.
+        sample: number of the image in the test part.
+        eps: l2 radius of the ball that holds the box, "36/255".
+        data: folder with a data set whose test part is taken; None takes the run's own data.
+
+    Returns:
+        file, sample, label, radius, eps, certified.
+    """
+    out, radius = Path(out), parse_eps(eps)
+    if out.suffix != ".vnnlib":
+        raise ConfigError(f"a file for vnnlib must end in .vnnlib, got '{out}'")
+    if not out.resolve().parent.is_dir():
+        raise ConfigError(f"the folder {out.resolve().parent} does not exist; create it first")
+    model, _, test = _open(locate(path), data)
+    if not 0 <= sample < len(test):
+        raise ConfigError(f"sample must be in 0..{len(test) - 1}, got {sample}")
+    image = test.float_images(torch.tensor([sample]))
+    certificate = model.certify(image)
+    with atomic_write(out) as file:
+        file.write(query(image[0], len(model.classes), certificate, sample, radius))
+    return {
+        "file": str(out),
+        "to": "vnnlib",
+        "sample": sample,
+        "label": int(certificate.label),
+        "radius": float(certificate.radius),
+        "eps": eps,
+        "certified": bool(certificate.certified_at(radius)),
+        "model_sha256": certificate.model_sha256,
+    }
+
+
+def push(
+    path: str | Path, name: str, out: str | Path | None = None, *, dry_run: bool = False
+) -> dict[str, Any]:
+    """Send a finished run to the Hugging Face hub as the model NAME.
+
+    Args:
+        path: run folder.
+        name: "owner/name".
+        out: new folder in which a copy of what is sent is kept; None keeps none.
+        dry_run: send nothing.
+
+    Returns:
+        repository, files (name to bytes), and url of the commit, None where nothing was sent.
+
+    Raises:
+        LipnextError: one line that says what to do.
+    """
+    check_repository(name)
+    if out is not None and Path(out).exists():
+        raise ConfigError(f"--out {out} exists; give a new folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if out is None else Path(out)
+        stage(locate(path), folder)
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        url = None if dry_run else upload(folder, name)
+    return {"repository": name, "files": files, "url": url}
+
+
+def data_of(experiment: Experiment, data: str | None) -> DataSpec:
+    """The data set of a run: its own, or that of another folder with the same settings."""
+    if data is None:
+        return experiment.data
+    return experiment.data.model_copy(update={"name": detect(Path(data)), "path": str(data)})
+
+
 def _open(
     path: Path, data: str | None, test: Dataset | None = None
 ) -> tuple[Classifier, Experiment, Dataset]:
     """Load a finished run and the test part to certify: its own, that of another folder, or the one given."""
     model, experiment = load_bundle(path), load_experiment(path)
     if test is None:
-        spec = experiment.data
-        if data is not None:
-            spec = spec.model_copy(update={"name": detect(Path(data)), "path": str(data)})
-        test = load_data(spec).test
+        test = load_data(data_of(experiment, data)).test
     if len(test.classes) != len(model.classes):
         raise ConfigError(
             f"the model knows {len(model.classes)} classes, the data set has {len(test.classes)}; "
@@ -293,9 +391,3 @@ def _claim(folder: Path, experiment: Experiment) -> None:
         raise TrainingError(
             f"cannot write {written}: {error.strerror or error}; choose another --out"
         ) from error
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        json.dump(document, file, indent=2, allow_nan=False)
-        file.write("\n")

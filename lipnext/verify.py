@@ -58,7 +58,7 @@ except ImportError:  # `main` says what to install
 
 FORMAT = 1
 WEIGHTS, CONFIG, CERTIFICATE = "model.safetensors", "config.json", "certificate.json"
-MODEL_DEFAULTS = {"width": 192, "depth": 8, "patch": 4, "shift": 1 / 16, "beta": 0.5}
+MODEL_DEFAULTS = {"width": 192, "depth": 8, "patch": 4, "shift": 1 / 16, "beta": 0.5, "pool": True}
 FORMULA = (
     "r = min_j (f_y - f_j - E[y][j]) / (lipschitz.bound * head_distances[y][j]), "
     "E = margin_error, and for deployed margin_error + ball_error[arithmetic]"
@@ -338,7 +338,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Network:
-    """`images - 0.5`, patches to channels, blocks, L2 pooling over positions, `rows @ features + offsets`."""
+    """`images - 0.5`, patches to channels, blocks, L2 pooling over positions or none, `rows @ features + offsets`."""
 
     shape: tuple[int, int, int]
     patch: int
@@ -346,6 +346,7 @@ class Network:
     grid: tuple[int, int]
     group: int
     folded: int
+    pool: bool
     blocks: list[Block]
     rows: Array
     offsets: Array
@@ -364,7 +365,8 @@ class Network:
                 x[..., channels] = np.roll(x[..., channels], step, axis)
             x = x @ block.product.T + block.bias
             x[..., : self.folded] = np.abs(x[..., : self.folded])
-        return np.sqrt(np.square(x).sum(axis=(1, 2))) @ self.rows.T + self.offsets
+        features = np.sqrt(np.square(x).sum(axis=(1, 2))) if self.pool else x.reshape(len(x), -1)
+        return features @ self.rows.T + self.offsets
 
 
 def build(config: dict[str, Any], tensors: Tensors) -> Network:
@@ -382,6 +384,8 @@ def build(config: dict[str, Any], tensors: Tensors) -> Network:
     expect_keys(model, set(MODEL_DEFAULTS), what)
     width, depth, s = (whole(model[key], f"{what}.{key}", 1, 2**20) for key in ("width", "depth", "patch"))
     shift, beta = number(model["shift"], f"{what}.shift", 0.25), number(model["beta"], f"{what}.beta", 1.0)
+    if not isinstance(model["pool"], bool):
+        raise Doubt(f"{what}.pool must be true or false, got {model['pool']!r:.40}")
     if not isinstance(sides, list) or len(sides) != 3:
         raise Doubt(f"{CONFIG}: input_shape must be three whole numbers, got {sides!r:.40}")
     c, h, w = (whole(side, f"{CONFIG}: input_shape", 1, 2**16) for side in sides)
@@ -406,8 +410,10 @@ def build(config: dict[str, Any], tensors: Tensors) -> Network:
         )
         for i in range(2, depth + 2)
     ]
-    rows, offsets = take("head.weight", len(classes), width), take("head.bias", len(classes))
-    return Network((c, h, w), s, width, grid, int(shift * width), int(beta * width), blocks, rows, offsets)
+    features = width if model["pool"] else math.prod(grid) * width
+    rows, offsets = take("head.weight", len(classes), features), take("head.bias", len(classes))
+    group, folded, pool = int(shift * width), int(beta * width), model["pool"]
+    return Network((c, h, w), s, width, grid, group, folded, pool, blocks, rows, offsets)
 
 
 # ---- The constants ----
@@ -435,7 +441,8 @@ def check_statement(certificate: dict[str, Any], network: Network) -> None:
 def check_layers(certificate: dict[str, Any], network: Network) -> tuple[float, list[tuple[float, float]]]:
     """Confirm every layer bound and K; return a proved K and the proved norms of each block's R and P."""
     layers, total = certificate["layers"], certificate["lipschitz"]
-    proofs = ["translation", "isometry", *["product"] * len(network.blocks), "one-lipschitz"]
+    last = "one-lipschitz" if network.pool else "isometry"
+    proofs = ["translation", "isometry", *["product"] * len(network.blocks), last]
     if not isinstance(layers, list) or len(layers) != len(proofs):
         raise Doubt(f"{CERTIFICATE}: layers must list the {len(proofs)} layers of the body")
     norms, product = [], Fraction(1)
@@ -566,10 +573,12 @@ def rounding_errors(
         size = product_norm * size + bias
         if not size + error <= LARGEST[unit]:
             raise Doubt(f"activations of size {size + error:.3g} may overflow with unit roundoff {unit!r}")
-    error = (error + gamma(positions + 2, unit) * (size + error) + tiny) * SAFETY
+    pooling = gamma(positions + 2, unit) * (size + error) + tiny if network.pool else 0.0
+    error = (error + pooling) * SAFETY
     size *= SAFETY
+    features = network.rows.shape[1]
     logit = np.linalg.norm(network.rows, axis=1) * (size + error) + np.abs(network.offsets)
-    table = (distances * error + gamma(channels + 2, unit) * (logit[:, None] + logit) + tiny) * SAFETY
+    table = (distances * error + gamma(features + 2, unit) * (logit[:, None] + logit) + tiny) * SAFETY
     return size, error, table
 
 

@@ -544,7 +544,7 @@ def test_logits_in_float32(monkeypatch: Patch, tmp_path: Path) -> None:
         monkeypatch,
         MarginCertifier,
         "__call__",
-        "self.network(images.double())",
+        "self.network(_whole_blocks(images.double()))",
         "copy.deepcopy(self.network).float()(images.float()).double()",
     )
     monkeypatch.setattr(margin, "copy", copy, raising=False)

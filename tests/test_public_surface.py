@@ -38,7 +38,39 @@ COMMANDS = {
         "--json",
     ],
     "verify": ["run", "--images", "--records", "--samples", "--json"],
-    "audit": ["run", "--data", "--samples", "--attacks", "--eps", "--out", "--json"],
+    "audit": [
+        "run",
+        "--data",
+        "--samples",
+        "--attacks",
+        "--eps",
+        "--out",
+        "--html",
+        "--min-cra",
+        "--json",
+    ],
+    "plot": ["runs", "--out", "--training"],
+    "export": ["run", "--to", "--out", "--dtype", "--sample", "--eps", "--data", "--json"],
+    "push": ["run", "name", "--dry-run", "--out", "--json"],
+    "zoo list": ["--json"],
+    "zoo verify": ["names", "--data", "--json"],
+    "compare": [
+        "what",
+        "--data",
+        "--folder",
+        "--minutes",
+        "--epochs",
+        "--seeds",
+        "--set",
+        "--eps",
+        "--attacked",
+        "--nearest-neighbour",
+        "--no-nearest-neighbour",
+        "--out",
+        "--figure",
+        "--json",
+    ],  # fmt: skip
+    "serve": ["run", "--host", "--port", "--abstain-below", "--token-file"],
     "doctor": ["model", "--shape", "--json"],
 }
 
@@ -61,7 +93,12 @@ def test_the_public_names_are_these() -> None:
 
 def test_the_verbs_and_their_options_are_these() -> None:
     group = typer.main.get_command(app)
-    commands = {name: command.params for name, command in group.commands.items()}  # type: ignore[attr-defined]
+    commands = {}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        verbs = getattr(command, "commands", None)
+        commands |= (
+            {name: command.params} if verbs is None else {f"{name} {v}": c.params for v, c in verbs.items()}
+        )
     options = {
         name: [text for p in params for text in (*p.opts, *p.secondary_opts)]
         for name, params in commands.items()

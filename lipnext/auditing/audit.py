@@ -37,6 +37,8 @@ BATCH = 32
 ATTACKS = (*MINIMAL, *IN_A_BALL)
 USUAL = ("minimal-norm", "pgd")
 """What is tried where nothing is asked for."""
+GALLERY = 6
+"""Images shown of each group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,25 @@ class Violation:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Shown:
+    """A sample worth a look, with the closest attack on it.
+
+    Attributes:
+        group: "least" or "most" robust of the right samples, or "wrong": certified with a wrong label.
+        sample: its place among the n samples.
+        image: float64 (c, h, w).
+        perturbed: float64 (c, h, w), the closest change of the label that any attack found; None where none did.
+        becomes: the class that leads there; None where no attack succeeded.
+    """
+
+    group: str
+    sample: int
+    image: Tensor
+    perturbed: Tensor | None
+    becomes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Audit:
     """What an audit of n samples has found.
 
@@ -92,6 +113,7 @@ class Audit:
         slopes: K and every layer.
         checks: what was counted again.
         environment: what the numbers depend on.
+        gallery: the least and the most robust samples, and those certified with a wrong label.
         violations: refuted claims; none for a sound library.
     """
 
@@ -107,6 +129,7 @@ class Audit:
     slopes: tuple[Layer, ...]
     checks: tuple[Check, ...]
     environment: dict[str, Any]
+    gallery: tuple[Shown, ...]
     violations: tuple[Violation, ...]
 
     def document(self) -> dict[str, Any]:
@@ -135,6 +158,10 @@ class Audit:
             "semantics": certificate.semantics,
             "model_sha256": certificate.model_sha256,
             "environment": self.environment,
+            "gallery": [
+                {"group": shown.group, "becomes": shown.becomes, **samples[shown.sample]}
+                for shown in self.gallery
+            ],
             "samples": samples,
         }
 
@@ -208,6 +235,7 @@ def audit(
     points = images.to(device, torch.float64)
     with torch.no_grad():
         logits = torch.cat([exact(part) for part in points.split(batch_size)])
+    groups = _groups(certificate, truth)
 
     with tempfile.TemporaryDirectory() as folder:
         attacked = run_suite(
@@ -222,6 +250,7 @@ def audit(
             norm=certificate.norm,
             steps=steps,
             batch_size=batch_size,
+            keep=[k for members in groups.values() for k in members],
             progress=progress,
         )
     slopes, pairs = _slopes(exact, points[:ASCENT_IMAGES], certificate, stated, (steps + 1) // 2)
@@ -244,6 +273,7 @@ def audit(
         slopes=tuple(slopes),
         checks=tuple(checks),
         environment=_environment(net, device),
+        gallery=tuple(_gallery(exact, points, attacked, groups)),
         violations=tuple(found),
     )
 
@@ -297,6 +327,30 @@ def _broken(
                 "model_sha256": certificate.model_sha256,
             },
         )
+
+
+def _groups(certificate: Certificate, truth: Tensor) -> dict[str, list[int]]:
+    """Choose by the certified radius alone, before anything is attacked; no sample stands in two groups."""
+    order = certificate.radius.argsort(stable=True).tolist()
+    right = [k for k in order if certificate.label[k] == truth[k]]
+    wrong = [k for k in reversed(order) if certificate.label[k] != truth[k] and certificate.radius[k] > 0]
+    half = min(GALLERY, (len(right) + 1) // 2)
+    return {"least": right[:half], "most": right[half:][::-1][:GALLERY], "wrong": wrong[:GALLERY]}
+
+
+@torch.no_grad()
+def _gallery(
+    net: LipschitzNetwork, images: Tensor, attacked: SuiteResult, groups: Mapping[str, list[int]]
+) -> Iterator[Shown]:
+    """Say for each point what it is taken for: the rival that leads there, however narrowly."""
+    for group, members in groups.items():
+        for k in members:
+            point, becomes = attacked.kept.get(k), None
+            if point is not None:
+                rivals = net(point[None].to(images))[0]
+                rivals[attacked.label[k]] = -math.inf
+                becomes = int(rivals.argmax())
+            yield Shown(group=group, sample=k, image=images[k].cpu(), perturbed=point, becomes=becomes)
 
 
 # ---- Slopes ----

@@ -55,7 +55,7 @@ def recount(
         logits: float64 (n, K), of the images.
         images: float64 (n, c, h, w).
         truth: int64 (n,), the true classes.
-        certificate: of these images; radii in l2 are held against the margin formula.
+        certificate: of these images; radii in l2 are held against the margin formula, unless they are `per_image`.
         eps: exact values by name.
         weights_sha256: hash of the weights that are executed.
         stated: the content of `certificate.json`, where there is one.
@@ -66,7 +66,7 @@ def recount(
         _shares(certificate, truth, eps),
         _weights(weights_sha256, certificate, stated),
     ]
-    if certificate.norm == 2.0 and certificate.lipschitz is not None:
+    if certificate.norm == 2.0 and certificate.lipschitz is not None and not certificate.per_image:
         rows, bound = network.head.weight.detach().double().cpu(), certificate.lipschitz.value
         found += [
             _radii(rows, logits, certificate, bound),

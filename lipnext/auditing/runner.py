@@ -27,7 +27,7 @@ from lipnext.core.errors import ConfigError, DataError, nearest
 from lipnext.core.files import sha256_tensors
 from lipnext.core.rounding import fraction_down
 
-FORMAT = "lipnext attacks 1"
+FORMAT = "lipnext attacks 2"
 
 # Attacks that look for the smallest perturbation run once, the others once in each ball.
 MINIMAL: dict[str, Callable[..., AttackResult]] = {
@@ -61,6 +61,7 @@ class SuiteResult:
         attack: for each image the name of the attack that came closest, or None.
         norm: 2.0 or inf, of `distance`.
         inside: for each image that was broken within its own `radius` the perturbed image, by its index.
+        kept: for each image in `keep` the closest success, by its index; none where no attack succeeded.
         eps: the balls that were attacked, by the text that the user wrote; an accuracy is told at no other.
     """
 
@@ -69,6 +70,7 @@ class SuiteResult:
     attack: tuple[str | None, ...]
     norm: float
     inside: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
     eps: dict[str, Fraction] = field(default_factory=dict)
 
     def accuracy_at(self, eps: str | int | float | Fraction, labels: Tensor) -> float:
@@ -115,6 +117,7 @@ def run_suite(
     seed: int = 0,
     box: bool = False,
     batch_size: int = 256,
+    keep: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
 ) -> SuiteResult:
     """Attack all images with all attacks, each only where those before it left something to win.
@@ -137,6 +140,7 @@ def run_suite(
         seed: of everything random.
         box: keep the images in [0, 1].
         batch_size: images that are attacked together.
+        keep: indices of images whose closest success is returned as `kept`, wherever it lies.
         progress: called with the number of images of each finished batch, those of earlier calls included.
 
     Raises:
@@ -149,7 +153,7 @@ def run_suite(
     own = None if radius is None else radii_of(radius, images)
     _check(images, labels_predicted, attacks, balls, own, steps, restarts, batch_size, box)
     tensors = {"images": images, "labels": labels_predicted} | ({} if own is None else {"radius": own})
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
         "model_sha256": model_sha256,
         "data_sha256": sha256_tensors(tensors),
@@ -162,6 +166,7 @@ def run_suite(
         "box": box,
         "batch_size": batch_size,
         "count": len(images),
+        "keep": sorted(keep),
     }
     path = Path(path)
     done = _resume(path, header)
@@ -176,7 +181,8 @@ def run_suite(
                     [fraction_down(ball) for ball in balls.values()],
                     None if own is None else own[part],
                 )
-                done.append(batch.record(number, None if own is None else own[part]))
+                wanted = [k - start for k in header["keep"] if start <= k < start + batch_size]
+                done.append(batch.record(number, None if own is None else own[part], wanted))
                 file.write(json.dumps(done[-1]) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -223,11 +229,19 @@ class _Batch:
         for k in index[better].tolist():
             self.names[k] = name
 
-    def record(self, number: int, own: Tensor | None) -> dict[str, Any]:
+    def record(self, number: int, own: Tensor | None, keep: list[int]) -> dict[str, Any]:
         inside = [] if own is None else torch.nonzero(self.distance <= own).flatten().tolist()
         distance = [value if math.isfinite(value) else None for value in self.distance.tolist()]
-        points = {str(k): self.points[k].flatten().tolist() for k in inside}
-        return {"batch": number, "distance": distance, "attack": self.names, "inside": points}
+        return {
+            "batch": number,
+            "distance": distance,
+            "attack": self.names,
+            "inside": self._points(inside),
+            "kept": self._points([k for k in keep if distance[k] is not None]),
+        }
+
+    def _points(self, rows: list[int]) -> dict[str, list[float]]:
+        return {str(k): self.points[k].flatten().tolist() for k in rows}
 
 
 def _resume(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
@@ -273,19 +287,23 @@ def _join(
     balls: dict[str, Fraction],
 ) -> SuiteResult:
     distance = [math.inf if value is None else value for record in done for value in record["distance"]]
-    inside = {
-        record["batch"] * batch_size + int(k): torch.tensor(pixels, dtype=images.dtype).reshape(
-            images.shape[1:]
-        )
-        for record in done
-        for k, pixels in record["inside"].items()
-    }
+
+    def points(key: str) -> dict[int, Tensor]:
+        return {
+            record["batch"] * batch_size + int(k): torch.tensor(pixels, dtype=images.dtype).reshape(
+                images.shape[1:]
+            )
+            for record in done
+            for k, pixels in record[key].items()
+        }
+
     return SuiteResult(
         label=labels.cpu(),
         distance=torch.tensor(distance, dtype=torch.float64),
         attack=tuple(name for record in done for name in record["attack"]),
         norm=norm,
-        inside=inside,
+        inside=points("inside"),
+        kept=points("kept"),
         eps=balls,
     )
 

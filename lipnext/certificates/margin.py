@@ -32,6 +32,8 @@ from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, m
 
 _U = UNIT_ROUNDOFF[torch.float64]
 ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
+BLOCK = 8
+"""Images are evaluated in whole blocks, filled up with zeros: a matrix product of few rows adds in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,36 +76,16 @@ class MarginCertifier:
     def __init__(
         self, network: nn.Module, semantics: Semantics = "real", arithmetic: str = "float64"
     ) -> None:
-        check_semantics(semantics, arithmetic)
-        if not isinstance(network, LipschitzNetwork):
-            raise UnsoundError(
-                f"the margin certificate needs a LipschitzNetwork, got a {type(network).__name__}; "
-                "build it from layers of lipnext.nn"
-            )
-        if not isinstance(network.head, LinearHead):
-            raise UnsoundError(
-                f"the margin certificate needs a LinearHead, got a {type(network.head).__name__}; use "
-                "lipnext.nn.head.UnitRowHead"
-            )
-        frozen = network.materialise()
-        if arithmetic not in ARITHMETIC:
-            raise UnsoundError(
-                f"a program in {arithmetic} cannot be certified; deploy in one of {', '.join(ARITHMETIC)}"
-            )
-        if arithmetic == "float32" and any(p.dtype != torch.float32 for p in frozen.parameters()):
-            raise UnsoundError(
-                "a program in float32 needs weights stored in float32, got float64 ones; store net.float() or "
-                "deploy in float64"
-            )
-        self.model_sha256 = sha256_tensors(frozen.state_dict())
-        self.network = frozen.double()
+        self.network, self.model_sha256 = freeze(
+            network, LinearHead, "lipnext.nn.head.UnitRowHead", semantics, arithmetic
+        )
         self.evidence = prove(self.network)
         self.semantics, self.arithmetic = semantics, arithmetic
         self.error = self.evidence.margin_error
         self.largest_radius = math.inf
         if semantics == "deployed":
             self.error = _up(self.error + ball_error(self.network, self.evidence.distances, arithmetic))
-            self.largest_radius = math.sqrt(math.prod(self.network.input_shape)) * (1 - 2.0**-50)
+            self.largest_radius = longest_deployed_radius(self.network)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Certificate:
@@ -117,7 +99,7 @@ class MarginCertifier:
         check_images(images, self.network.input_shape)
         # Layers may follow an autocast block around this call; the error bounds speak of float64.
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.network(images.double())
+            logits = self.network(_whole_blocks(images.double()))[: len(images)]
         labels = logits.argmax(dim=1)
         margin = logits.gather(1, labels[:, None]) - logits
         error = self.error.to(logits.device)[labels]
@@ -140,6 +122,7 @@ class MarginCertifier:
             semantics=self.semantics,
             arithmetic=self.arithmetic,
             lipschitz=self.evidence.body,
+            rival=rival.squeeze(1),
             model_sha256=self.model_sha256,
         )
 
@@ -173,6 +156,45 @@ class MarginCertifier:
         return _up(product).clamp_min(1e-30)
 
 
+def freeze(
+    network: nn.Module, head: type, example: str, semantics: Semantics, arithmetic: str
+) -> tuple[LipschitzNetwork, str]:
+    """Return the materialised network in float64, and the hash of its weights in their own dtype.
+
+    Args:
+        network: to be certified.
+        head: what its head must be.
+        example: where there is one.
+        semantics: as for `MarginCertifier`.
+        arithmetic: as for `MarginCertifier`.
+
+    Raises:
+        UnsoundError: if the network is of another kind, or the semantics does not speak of the arithmetic.
+    """
+    check_semantics(semantics, arithmetic)
+    if not isinstance(network, LipschitzNetwork):
+        raise UnsoundError(
+            f"the margin certificate needs a LipschitzNetwork, got a {type(network).__name__}; "
+            "build it from layers of lipnext.nn"
+        )
+    if not isinstance(network.head, head):
+        raise UnsoundError(
+            f"the margin certificate needs a {head.__name__}, got a {type(network.head).__name__}; use {example}"
+        )
+    frozen = network.materialise()
+    if arithmetic not in ARITHMETIC:
+        raise UnsoundError(
+            f"a program in {arithmetic} cannot be certified; deploy in one of {', '.join(ARITHMETIC)}"
+        )
+    if arithmetic == "float32" and any(p.dtype != torch.float32 for p in frozen.parameters()):
+        raise UnsoundError(
+            "a program in float32 needs weights stored in float32, got float64 ones; store net.float() or "
+            "deploy in float64"
+        )
+    sha256 = sha256_tensors(frozen.state_dict())
+    return frozen.double(), sha256
+
+
 def prove(network: LipschitzNetwork) -> Evidence:
     """Prove the constants of a materialised float64 network.
 
@@ -182,8 +204,7 @@ def prove(network: LipschitzNetwork) -> Evidence:
     layers = tuple((name, layer.lipschitz_bound()) for name, layer in network.named_layers())
     body = LipschitzBound.compose(*(bound for _, bound in layers))
     distances = head_distances(network.head.weight)
-    # Images lie in [0, 1]^n, so their norm is at most sqrt(n).
-    state, errors = _evaluation_errors(network, distances, _longest_image(network), _U)
+    state, errors = _evaluation_errors(network, distances, longest_image(network), _U)
     return Evidence(
         layers=layers,
         body=body,
@@ -205,7 +226,7 @@ def ball_error(network: LipschitzNetwork, distances: Tensor, arithmetic: str) ->
     Raises:
         UnsoundError: if there is no bound.
     """
-    longest = 2 * _longest_image(network)
+    longest = 2 * longest_image(network)
     return _evaluation_errors(network, distances, longest, UNIT_ROUNDOFF[ARITHMETIC[arithmetic]])[1]
 
 
@@ -217,8 +238,14 @@ def _evaluation_errors(
     return state, _margin_errors(network.head.weight, network.head.bias, state, distances)
 
 
-def _longest_image(network: LipschitzNetwork) -> float:
+def longest_image(network: LipschitzNetwork) -> float:
+    """Bound the norm of an image: images lie in [0, 1]^n."""
     return sqrt_up(float(math.prod(network.input_shape)))
+
+
+def longest_deployed_radius(network: LipschitzNetwork) -> float:
+    """The largest radius of which a deployed certificate speaks: up to it, no input is longer than two images."""
+    return math.sqrt(math.prod(network.input_shape)) * (1 - 2.0**-50)
 
 
 def head_distances(rows: Tensor) -> Tensor:
@@ -258,6 +285,12 @@ def _margin_errors(rows: Tensor, bias: Tensor, state: RoundingState, distances: 
             "the head holds NaN, infinity or numbers that overflow; nothing can be proved about it"
         )
     return table
+
+
+def _whole_blocks(images: Tensor) -> Tensor:
+    """Fill up to a multiple of `BLOCK`, so that an image alone gets the same last bit as in a large batch."""
+    missing = -len(images) % BLOCK
+    return images if missing == 0 else torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
 
 
 def _up(tensor: Tensor) -> Tensor:

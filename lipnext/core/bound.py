@@ -12,6 +12,7 @@ PROOFS: dict[str, str] = {
     "translation": "The map adds a constant, which leaves differences as they are.",
     "gram-residual": "||W||^2 <= 1 + ||W^T W - I|| plus the rounding error of the product, in float64.",
     "gram-iteration": "||W||^(2k) is at most the norm of the k-fold Gram product plus its rounding error.",
+    "factor": "s I - W^T W = L L^T + E for some s and L, hence ||W||^2 <= s + ||E||, rounding errors included.",
     "exact": "The constant follows from the stored numbers without any rounding.",
     "product": "The constant of a composition is at most the product of the constants, rounded up.",
     "sum": "The constant of a sum is at most the sum of the constants, rounded up.",
@@ -23,6 +24,10 @@ PROOFS: dict[str, str] = {
     "window-overlap": "Each output is 1-Lipschitz in its window, and no input belongs to more than K^2 windows.",
     "root-sum-square": "The square of a concatenation's constant is at most the sum of the squares of its parts'.",
     "steepest-slope": "The map acts on every number by itself, with slopes of at most K in size.",
+    "gradient-step": "x - W^T S relu(W x + b) is max(1, t - 1)-Lipschitz for t >= ||S^(1/2) W||^2.",
+    "skew-exponential": "T terms of exp(L) are within ||L||^T / T! of an orthogonal map, since L is skew.",
+    "quadratic-constraint": "Slopes within [0, 1] obey a quadratic inequality, which gives the constant that the layer's "
+    "docstring derives.",
     "nearest-neighbour": "The distance to a fixed point set is 1-Lipschitz by the triangle inequality.",
 }
 

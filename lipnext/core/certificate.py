@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -40,6 +40,9 @@ class Certificate:
         margin: float64 (n,), computed logit of the label less the closest rival, before the slack; 0 where a
             logit is not finite.
         lipschitz: the proved bound behind the radius; needed where deterministic.
+        rival: int64 (n,), the class whose boundary the bound puts nearest, for people to look at; None where not told.
+        per_image: whether a proof of its own for each image may have raised the radius above what margin and `lipschitz`
+            give; `Certifier.describe` says which.
         model_sha256: hash of the weights, 64 hexadecimal digits.
 
     Raises:
@@ -57,6 +60,8 @@ class Certificate:
     slack: Tensor
     margin: Tensor
     lipschitz: LipschitzBound | None
+    rival: Tensor | None = None
+    per_image: bool = False
     model_sha256: str
 
     def __post_init__(self) -> None:
@@ -72,6 +77,8 @@ class Certificate:
 
     def _check_tensors(self) -> None:
         _check_vector("label", self.label, torch.int64, None)
+        if self.rival is not None:
+            _check_vector("rival", self.rival, torch.int64, len(self.label))
         for name in ("radius", "slack", "margin"):
             value = getattr(self, name)
             _check_vector(name, value, torch.float64, len(self.label))
@@ -102,6 +109,17 @@ class Certificate:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def __getitem__(self, samples: slice) -> "Certificate":
+        """Return the certificate of some of the samples."""
+        return replace(
+            self,
+            label=self.label[samples],
+            radius=self.radius[samples],
+            slack=self.slack[samples],
+            margin=self.margin[samples],
+            rival=None if self.rival is None else self.rival[samples],
+        )
 
     def certified_at(self, eps: str | int | float | Fraction) -> Tensor:
         """Return bool (n,): whether `radius > eps`, strictly and exactly.
@@ -241,7 +259,16 @@ class Certificate:
         if not parts:
             raise UnsoundError("nothing to join: pass at least one certificate")
         first = parts[0]
-        shared = ("norm", "kind", "confidence", "semantics", "arithmetic", "model_sha256", "lipschitz")
+        shared = (
+            "norm",
+            "kind",
+            "confidence",
+            "semantics",
+            "arithmetic",
+            "model_sha256",
+            "lipschitz",
+            "per_image",
+        )
         for name in shared:
             for part in parts[1:]:
                 if getattr(part, name) != getattr(first, name):
@@ -249,6 +276,9 @@ class Certificate:
                         f"certificates with different {name} cannot be joined ({getattr(first, name)} and "
                         f"{getattr(part, name)}); report them apart"
                     )
+        rivals = [part.rival for part in parts if part.rival is not None]
+        if rivals and len(rivals) < len(parts):
+            raise UnsoundError("certificates with and without rivals cannot be joined; report them apart")
         return Certificate(
             label=torch.cat([part.label for part in parts]),
             radius=torch.cat([part.radius for part in parts]),
@@ -260,6 +290,8 @@ class Certificate:
             semantics=first.semantics,
             arithmetic=first.arithmetic,
             lipschitz=first.lipschitz,
+            rival=None if not rivals else torch.cat(rivals),
+            per_image=first.per_image,
             model_sha256=first.model_sha256,
         )
 

@@ -37,6 +37,12 @@ class ViolationError(LipnextError):
     exit_code = 5
 
 
+class CheckError(LipnextError):
+    """A check that was asked for and did not hold, such as `lipnext audit --min-cra`."""
+
+    exit_code = 1
+
+
 class UnsoundError(LipnextError):
     """A request that could put an unproved number into a certificate; always refused."""
 

@@ -85,7 +85,7 @@ class DataSpec(_Section):
     section: ClassVar[str] = "data"
 
     name: str = "digits"
-    """One of digits, idx, parquet, cifar-binary, folder."""
+    """One of digits, two-moons, idx, parquet, cifar-binary, folder."""
     path: Text | None = None
     validation: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training part that is held out for validation."""
@@ -158,7 +158,7 @@ class OptimSpec(_Section):
     clip: float = Field(default=0.0, ge=0)
     """Largest gradient norm; 0 switches clipping off."""
     lookahead: int = Field(default=0, ge=0)
-    """Steps between two merges; 0 switches Lookahead off."""
+    """Steps between two merges of the slow and the fast weights, of all parameters; 0 switches Lookahead off."""
     retract_every: AtLeastOne = 1
     """In epochs."""
 
@@ -169,7 +169,7 @@ class LossSpec(_Section):
     section: ClassVar[str] = "loss"
 
     name: str = "emma"
-    """emma, cross-entropy, cll, or a loss of the system's own."""
+    """emma, cross-entropy, cll, hinge, or a loss of the system's own."""
     temperature: float = Field(default=1.0, gt=0)
     temperature_end: Annotated[float, Field(gt=0)] | None = None
     """Temperature at the end of training; None keeps it constant."""
@@ -180,7 +180,7 @@ class LossSpec(_Section):
     ramp_share: Share = 0.5
     """Share of the training over which the ramp runs."""
     offset: float = Field(default=0.0, ge=0)
-    """Margin offset xi."""
+    """Margin that the right logit is asked to have: xi of cross-entropy, the margin of hinge."""
     annealing: float = Field(default=0.0, ge=0)
     """Exponent beta of logit annealing; 0 is the plain loss."""
     smoothing: Decay = 0.0
@@ -188,7 +188,8 @@ class LossSpec(_Section):
     slack: float = Field(default=0.3, gt=0, lt=1)
     """Slack p of the calibrated loss: the share of the logistic mass left outside the margin."""
     penalty: float = Field(default=0.0, ge=0)
-    """Weight of what the loss penalises beside errors: the squared constant for cll, the curvature for crc."""
+    """Weight of what the loss penalises beside errors: the squared constant for cll, the curvature for
+    curvature; or of what it rewards: the radii for certificate."""
 
 
 class CertifySpec(_Section):

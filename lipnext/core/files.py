@@ -47,6 +47,18 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "w") -
     _sync_folder(path.parent)
 
 
+def write_json(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON, atomically.
+
+    Raises:
+        ValueError: where a number is not finite.
+        OSError: as `atomic_write`.
+    """
+    with atomic_write(path) as file:
+        json.dump(document, file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename durable; not every system lets a folder be opened, and then there is nothing to do."""
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A network as a chain of layers and a linear head: what a global margin certificate is derived from."""
+"""A network as a chain of layers and a head: what a global margin certificate is derived from."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -6,22 +6,65 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import UnsoundError
 from lipnext.core.module import LipschitzModule
 from lipnext.core.rounding import RoundingState
 
+SOFTPLUS_THRESHOLD = 40.0
+"""Where torch's softplus becomes the identity: `log(1 + exp(-40))` is below the roundoff of 40, unlike at the default of 20."""
 
-class LinearHead(LipschitzModule):
-    """A last layer `z = W y + c`; once materialised, `weight (K, C)` and `bias (K,)` are what is applied."""
+
+class Head(LipschitzModule):
+    """A last layer from features `(B, C)` to logits `(B, K)`; once materialised, the parameters are what is applied.
+
+    `weight` and `bias (K,)` are those of its last affine map.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter
 
     @abstractmethod
     def distances(self) -> Tensor:
-        """`||w_i - w_j||` for all pairs, shape `(K, K)`, differentiable; for losses, *not* rounded upwards."""
+        """The constants of `z_i - z_j` for all pairs, shape `(K, K)`, differentiable; for losses, *not* rounded upwards."""
+
+    def radius_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function of features `(B, C)` and labels `(B,)` that estimates signed radii `(B,)` around the features."""
+        distances = self.distances()
+
+        def estimate(features: Tensor, labels: Tensor) -> Tensor:
+            logits = self(features)
+            ratio = (logits.gather(1, labels[:, None]) - logits) / distances[labels]
+            return ratio.scatter(1, labels[:, None], float("inf")).min(dim=1).values
+
+        return estimate
+
+
+class LinearHead(Head):
+    """A last layer `z = W y + c` with `weight (K, C)`; `distances()` are `||w_i - w_j||`."""
+
+
+class SoftplusHead(Head):
+    """A last layer with one hidden layer, `z = V softplus(U y + a) + c`, `softplus(t) = log(1 + exp(t))`.
+
+    `inner (m, C)`, `inner_bias (m,)`, `weight (K, m)` and `bias` are U, a, V and c.
+    """
+
+    inner: nn.Parameter
+    inner_bias: nn.Parameter
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits in the dtype of the weights, autocast or not: a margin is a small difference."""
+        with torch.autocast(features.device.type, enabled=False):
+            inner = functional.linear(features.to(self.weight.dtype), self.inner, self.inner_bias)
+            soft = functional.softplus(inner, threshold=SOFTPLUS_THRESHOLD)
+            return functional.linear(soft, self.weight, self.bias)
+
+    @abstractmethod
+    def hidden_rounding(self, state: RoundingState) -> RoundingState:
+        """Return the state behind the softplus, from that of the features."""
 
 
 class LipschitzNetwork(LipschitzModule):
@@ -29,16 +72,16 @@ class LipschitzNetwork(LipschitzModule):
 
     Args:
         body: layers applied in order; their bounds multiply.
-        head: the last layer; its row distances enter the certificate pair by pair.
+        head: the last layer; its constants enter the certificate pair by pair.
         input_shape: `(c, H, W)`.
     """
 
     def __init__(
-        self, body: Sequence[LipschitzModule], head: LinearHead, input_shape: tuple[int, int, int]
+        self, body: Sequence[LipschitzModule], head: Head, input_shape: tuple[int, int, int]
     ) -> None:
         super().__init__()
         self.body = nn.ModuleList(body)
-        self.head: LinearHead = head
+        self.head: Head = head
         self.input_shape = input_shape
 
     def features(self, images: Tensor) -> Tensor:
@@ -80,7 +123,7 @@ class LipschitzNetwork(LipschitzModule):
         return constant
 
     def estimate_distances(self) -> Tensor:
-        """`K ||w_i - w_j||` with the estimated K, shape `(K, K)`, differentiable; for losses alone."""
+        """The head's distances times the estimated K, shape `(K, K)`, differentiable; for losses alone."""
         return self.head.distances() * self.estimate_lipschitz()
 
     def radius_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -89,14 +132,12 @@ class LipschitzNetwork(LipschitzModule):
         The radius of a sample is negative where its label is not predicted. For figures during training: what costs is
         done once, nothing is proved and no rounding counted.
         """
-        frozen = self.materialise()
-        distances = frozen.head.distances() * self.estimate_lipschitz()
+        frozen, constant = self.materialise(), self.estimate_lipschitz()
+        around_features = frozen.head.radius_estimator()
 
         @torch.no_grad()
         def estimate(images: Tensor, labels: Tensor) -> Tensor:
-            logits = frozen(images)
-            ratio = (logits.gather(1, labels[:, None]) - logits) / distances[labels]
-            return ratio.scatter(1, labels[:, None], float("inf")).min(dim=1).values
+            return around_features(frozen.features(images), labels) / constant
 
         return estimate
 
@@ -110,11 +151,11 @@ class LipschitzNetwork(LipschitzModule):
         """Return a copy for inference, every layer materialised, in evaluation mode.
 
         Raises:
-            UnsoundError: if a layer of the body is unknown, or the head is no `LinearHead`.
+            UnsoundError: if a layer of the body is unknown, or the head is no `Head`.
         """
-        if not isinstance(self.head, LinearHead):
+        if not isinstance(self.head, Head):
             raise UnsoundError(
-                f"head is a {type(self.head).__name__}, whose row distances nobody answers for; "
+                f"head is a {type(self.head).__name__}, whose distances nobody answers for; "
                 "use a LinearHead such as lipnext.nn.head.UnitRowHead"
             )
         network = super().materialise()

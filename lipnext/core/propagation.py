@@ -48,6 +48,13 @@ def after_affine(
     return RoundingState(norm=add_up(mul_up(bound, state.norm), shift_norm), error=error, unit=state.unit)
 
 
+def after_relative(state: RoundingState, units: float) -> RoundingState:
+    """A 1-Lipschitz map that keeps 0 and is computed with an error of at most `units` unit roundoffs of the norm before it."""
+    rounding = mul_up(mul_up(units, state.unit), add_up(state.norm, state.error))
+    error = add_up(add_up(state.error, rounding), state.underflow)
+    return RoundingState(norm=state.norm, error=error, unit=state.unit)
+
+
 def after_pooling(state: RoundingState, window: int) -> RoundingState:
     """A root of a sum of `window` squares: 1-Lipschitz, relative error below `gamma_(window + 2)`."""
     rounding = mul_up(gamma(window + 2, state.unit), add_up(state.norm, state.error))

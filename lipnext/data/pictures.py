@@ -20,7 +20,12 @@ GREY = ("1", "L", "LA")
 MAX_PIXELS = 50_000_000
 
 
-def decode(source: bytes | Path, channels: int | None = None, size: int | None = None) -> np.ndarray:
+def decode(
+    source: bytes | Path,
+    channels: int | None = None,
+    size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
     """Return one picture as uint8 `(C, H, W)`.
 
     The rotation noted by a camera is applied; transparency is dropped.
@@ -29,11 +34,12 @@ def decode(source: bytes | Path, channels: int | None = None, size: int | None =
         source: the content of a PNG, JPEG, BMP, GIF (first frame), WebP, TIFF or PPM file, or its path.
         channels: 1 (grey) or 3 (red, green, blue); None keeps a grey picture grey and makes others RGB.
         size: if given, the short side is resized to it (bilinear, antialiased) and the central square cut.
+        max_pixels: a picture whose header promises more is refused before anything is decoded.
 
     Raises:
-        DataError: if it cannot be decoded, has more than 8 bits a channel, or more than 50 million pixels.
+        DataError: if it cannot be decoded, has more than 8 bits a channel, or too many pixels.
     """
-    with _open(source) as picture:
+    with _open(source, max_pixels) as picture:
         ImageOps.exif_transpose(picture, in_place=True)
         if channels is None:
             channels = 1 if picture.mode in GREY else 3
@@ -79,16 +85,16 @@ def stack(
 
 
 @contextmanager
-def _open(source: bytes | Path) -> Iterator[Image.Image]:
+def _open(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
     """Open lazily; any exception from Pillow, now or while decoding inside, becomes a DataError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
             picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         with picture:
-            if picture.width * picture.height > MAX_PIXELS:
+            if picture.width * picture.height > max_pixels:
                 size = f"{picture.width} x {picture.height}"
-                raise DataError(f"{size} pixels, at most {MAX_PIXELS:,} are read; make the picture smaller")
+                raise DataError(f"{size} pixels, at most {max_pixels:,} are read; make the picture smaller")
             if picture.mode[0] in "IF":
                 raise DataError(f"pixels of mode '{picture.mode}' have more than 8 bits; convert to 8 bits")
             yield picture
@@ -96,7 +102,7 @@ def _open(source: bytes | Path) -> Iterator[Image.Image]:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"at most {MAX_PIXELS:,} pixels are read; make the picture smaller ({error})"
+            f"at most {max_pixels:,} pixels are read; make the picture smaller ({error})"
         ) from error
     except Exception as error:  # a damaged file raises OSError, SyntaxError, ValueError, struct.error, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from lipnext.core.bound import norm_label
 from lipnext.core.classifier import Classifier
 from lipnext.core.errors import BundleError, LipnextError, TrainingError
 from lipnext.core.experiment import Experiment
-from lipnext.core.files import atomic_write, sha256_file, sha256_tensors
+from lipnext.core.files import atomic_write, sha256_file, sha256_tensors, write_json
 from lipnext.core.network import LipschitzNetwork
 from lipnext.manifold.polar import retract
 from lipnext.optim.groups import split_parameters
@@ -51,7 +51,17 @@ def save_bundle(
         TrainingError: if the disk does not take them.
         UnsoundError: if the bounds cannot be proved.
     """
-    network = polish(network)
+    return write_bundle(polish(network), experiment, classes, folder)
+
+
+def write_bundle(
+    network: LipschitzNetwork, experiment: Experiment, classes: tuple[str, ...], folder: Path
+) -> dict[str, Any]:
+    """Prove a network for inference, as `polish` and `load_bundle` give it, and write the three files.
+
+    Raises:
+        TrainingError, UnsoundError: as `save_bundle`.
+    """
     system = get(experiment.system)
     certifier = system.certify(network)
     config = {
@@ -68,7 +78,7 @@ def save_bundle(
         with atomic_write(folder / WEIGHTS, "wb") as file:
             # one entry: safetensors writes several in random order, and equal runs should give equal bytes
             file.write(save(weights, metadata={"format": "pt"}))
-        _write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, config)
         certificate = {
             "format": FORMAT,
             "lipnext_version": __version__,
@@ -81,7 +91,7 @@ def save_bundle(
             **certifier.describe(),
         }
         certificate["certificate_sha256"] = _hash(certificate)
-        _write_json(folder / CERTIFICATE, certificate)
+        write_json(folder / CERTIFICATE, certificate)
     except OSError as error:
         raise TrainingError(
             f"cannot write the bundle to {folder}: {error.strerror or error}; free some space and run the "
@@ -97,7 +107,7 @@ def load_bundle(folder: Path) -> Classifier:
         BundleError: if a file is missing, damaged, changed, or written by a newer version.
     """
     _check_complete(folder)
-    certificate, config = _read_json(folder / CERTIFICATE), _read_json(folder / CONFIG)
+    certificate, config = read_json(folder / CERTIFICATE), read_json(folder / CONFIG)
     for name, document in ((CERTIFICATE, certificate), (CONFIG, config)):
         if document.get("format") != FORMAT:
             raise BundleError(
@@ -130,7 +140,7 @@ def load_experiment(folder: Path) -> Experiment:
     """
     _check_complete(folder)
     try:
-        return Experiment.model_validate(_read_json(folder / CONFIG)["experiment"])
+        return Experiment.model_validate(read_json(folder / CONFIG)["experiment"])
     except (LipnextError, KeyError) as error:
         raise BundleError(f"{folder / CONFIG} cannot be used: {error}") from error
 
@@ -193,13 +203,12 @@ def _hash(certificate: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        json.dump(document, file, indent=2, allow_nan=False)
-        file.write("\n")
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of a bundle's documents.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
+    Raises:
+        BundleError: if it is damaged or no object.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

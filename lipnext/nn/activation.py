@@ -1,7 +1,10 @@
 """Activations that are 1-Lipschitz in the l2 norm."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
@@ -44,6 +47,9 @@ class MaxMin(LipschitzModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sort each pair."""
+        if self.training:
+            y: Tensor = _MaxMin.apply(x, self.dim)
+            return y
         a, b = x.chunk(2, dim=self.dim)
         return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=self.dim)
 
@@ -70,3 +76,22 @@ class ReLU(LipschitzModule):
     def rounding(self, state: RoundingState) -> RoundingState:
         """Exact in floating point."""
         return state
+
+
+class _MaxMin(Function):
+    """The same for training: one mask says where gradients go, for which torch's maximum and minimum take a dozen passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        a, b = x.chunk(2, dim=dim)
+        ctx.save_for_backward(a >= b)
+        ctx.dim = dim
+        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (first,) = ctx.saved_tensors
+        larger, smaller = grad.chunk(2, dim=ctx.dim)
+        return torch.cat(
+            [torch.where(first, larger, smaller), torch.where(first, smaller, larger)], dim=ctx.dim
+        ), None

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipnext.bounds.convolution import absolute_convolution_bound, convolution_bound
+from lipnext.bounds.convolution import absolute_convolution_bound
+from lipnext.bounds.factor import small_convolution_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import UnsoundError
 from lipnext.core.guard import fast_convolution
@@ -99,8 +100,8 @@ class Convolution(AffineModule):
         return norm
 
     def lipschitz_bound(self) -> LipschitzBound:
-        """Prove the norm of the convolution at this input size by its transfer matrices."""
-        return convolution_bound(self.weight, self.input_size, stride=self.stride, padding=self.padding)
+        """Prove the norm of the convolution at this input size, by its matrix or its transfer matrices."""
+        return small_convolution_bound(self.weight, self.input_size, stride=self.stride, padding=self.padding)
 
     def rounding(self, state: RoundingState) -> RoundingState:
         """Sums of `c_in k^2` products, and the bias, which repeats at every position.

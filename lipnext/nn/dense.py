@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipnext.bounds.spectral import absolute_norm_bound, spectral_bound
+from lipnext.bounds.factor import factor_bound
+from lipnext.bounds.spectral import absolute_norm_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.local import AffineModule
 from lipnext.core.propagation import after_affine, norm_up
@@ -19,7 +20,7 @@ STEPS = 5
 
 
 class Dense(AffineModule):
-    """`x -> W x + b` on the last dimension; `weight (m, n)`, `bias (m,)` or None.
+    """`x -> W x + b` on features `(B, n)`; `weight (m, n)`, `bias (m,)` or None.
 
     Args:
         features_in: n.
@@ -47,6 +48,8 @@ class Dense(AffineModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
+        if x.dim() != 2:  # the rounding of the bias is counted once, not once a position
+            raise ValueError(f"`x` must have the shape (B, n), got {tuple(x.shape)}; flatten it first.")
         return functional.linear(x, self.weight, self.bias)
 
     @property
@@ -69,8 +72,8 @@ class Dense(AffineModule):
         return norm
 
     def lipschitz_bound(self) -> LipschitzBound:
-        """Prove `||W||_2` by Gram iteration."""
-        return spectral_bound(self.weight)
+        """Prove `||W||_2` by an approximate factorisation, or Gram iteration."""
+        return factor_bound(self.weight)
 
     def rounding(self, state: RoundingState) -> RoundingState:
         """A product with n terms in each sum, and the bias."""

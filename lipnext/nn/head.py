@@ -91,3 +91,17 @@ class UnitRowHead(_RowHead):
             head.weight = nn.Parameter(self.rows().detach().clone())
         head.normalised = True
         return head
+
+
+class FirstCoordinatesHead(PlainHead):
+    """The first K features are the logits; nothing is learned, and all rows are `sqrt(2)` apart.
+
+    Args:
+        channels: features C, at least K.
+        classes: K, at least 2.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__(channels, classes)
+        self.weight = nn.Parameter(torch.eye(classes, channels), requires_grad=False)
+        self.bias.requires_grad_(False)

@@ -1,10 +1,10 @@
 """Layers that move numbers and compute nothing: isometries, exact in floating point."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lipnext.core.bound import LipschitzBound
+from lipnext.core.local import MonotoneModule
 from lipnext.core.module import LipschitzModule
 from lipnext.core.rounding import RoundingState
 
@@ -19,12 +19,16 @@ class _Isometry(LipschitzModule):
         return state
 
 
-class Flatten(_Isometry):
+class Flatten(_Isometry, MonotoneModule):
     """`(B, ...)` to `(B, n)`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Flatten all but the batch."""
         return x.flatten(1)
+
+    def feeds(self, varying: Tensor) -> Tensor:
+        """Every input is an output."""
+        return varying
 
 
 class PadChannels(_Isometry):
@@ -65,7 +69,7 @@ class Unshuffle(_Isometry):
         pad_h, pad_w = -images.shape[2] % s, -images.shape[3] % s
         if pad_h or pad_w:
             images = functional.pad(images, (0, pad_w, 0, pad_h))
-        if not len(images):  # torch returns an empty batch unchanged
-            channels, height, width = images.shape[1:]
-            return images.reshape(0, channels * s * s, height // s, width // s)
-        return torch.nn.functional.pixel_unshuffle(images, s)
+        batch, channels, height, width = images.shape
+        # pixel_unshuffle, spelled out because that returns an empty batch unchanged
+        patches = images.reshape(batch, channels, height // s, s, width // s, s).permute(0, 1, 3, 5, 2, 4)
+        return patches.reshape(batch, channels * s * s, height // s, width // s)

@@ -10,6 +10,9 @@ from lipnext.core.experiment import Experiment
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import System
 
+HOME = "lipnext"
+"""The system that an experiment without a system's name belongs to, where it has one of that name."""
+
 
 def list_systems() -> list[str]:
     """Names of all systems, without importing any of them."""
@@ -31,12 +34,14 @@ def get(name: str) -> System:
 
 
 def experiment(name: str) -> Experiment:
-    """Return a named experiment: "system/experiment", or just "experiment" where only one system has it.
+    """Return a named experiment: "system/experiment", or just "experiment" where it is LipNeXt's or only one system has it.
 
     Raises:
         ConfigError: for an unknown or ambiguous name.
     """
     system, _, wanted = name.rpartition("/")
+    if not system and wanted in get(HOME).experiments:
+        return get(HOME).experiments[wanted]()
     candidates = {
         f"{key}/{title}": make
         for key in ([system] if system else list_systems())

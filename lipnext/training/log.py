@@ -9,6 +9,8 @@ from typing import Any, Self
 from lipnext.core.errors import TrainingError
 from lipnext.core.files import atomic_write
 
+LOG = "log.jsonl"
+
 
 class RunLog:
     """Appends events to `log.jsonl`; a context manager that closes it.
@@ -55,6 +57,17 @@ class RunLog:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def epochs(path: Path) -> list[dict[str, Any]]:
+    """Return the finished epochs of a log in order; a line cut off by a crash is left out.
+
+    Raises:
+        OSError: where the file cannot be read.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    events = [json.loads(line) for line in lines if _step(line) is not None]
+    return [event for event in events if event.get("event") == "epoch"]
 
 
 def _step(line: str) -> int | None:

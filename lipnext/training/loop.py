@@ -25,6 +25,7 @@ from lipnext.data.dataset import Dataset
 from lipnext.manifold.polar import residual
 from lipnext.optim.average import RetractedAverage
 from lipnext.optim.groups import split_parameters
+from lipnext.optim.lookahead import Lookahead
 from lipnext.optim.muon import ManifoldMuon
 from lipnext.optim.orthogonal import OrthogonalOptimizer
 from lipnext.optim.orthogonal_adam import OrthogonalAdam
@@ -36,7 +37,7 @@ from lipnext.training.checkpoint import (
     weights_are_finite,
 )
 from lipnext.training.interrupt import StopRequest
-from lipnext.training.log import RunLog
+from lipnext.training.log import LOG, RunLog
 from lipnext.training.objective import Objective
 from lipnext.training.progress import Reporter, Silent
 from lipnext.training.validation import estimate_validation
@@ -98,6 +99,7 @@ def train(
     orthogonal, euclidean = split_parameters(network)
     manifold = make_orthogonal_optimizer(list(orthogonal.values()), experiment)
     rest = make_euclidean_optimizer(list(euclidean.values()), experiment.optim)
+    ahead = Lookahead(euclidean.values(), experiment.optim.lookahead) if experiment.optim.lookahead else None
     average = RetractedAverage(network, spec.ema) if spec.ema else None
     objective, augment = Objective(experiment.loss, losses), Augment(experiment.augment)
     per_epoch = count_batches(len(training), spec.batch_size)
@@ -105,7 +107,13 @@ def train(
 
     # ---- resume ------------------------------------------------------------------------------------------
     progress, digest = Progress(), experiment.digest()
-    parts: dict[str, Any] = {"network": network, "manifold": manifold, "rest": rest, "average": average}
+    parts: dict[str, Any] = {
+        "network": network,
+        "manifold": manifold,
+        "rest": rest,
+        "lookahead": ahead,
+        "average": average,
+    }
     saved = list_checkpoints(folder / "checkpoints")
     if saved:
         progress = _restore(load_checkpoint(saved[-1], digest), parts)
@@ -118,7 +126,7 @@ def train(
 
     # ---- epochs ------------------------------------------------------------------------------------------
     board = folder / "tensorboard" if tensorboard else None
-    with RunLog(folder / "log.jsonl", progress.step, board) as log, StopRequest() as stop:
+    with RunLog(folder / LOG, progress.step, board) as log, StopRequest() as stop:
         while progress.epoch < spec.epochs:
             network.train()
             for images, labels in batches(
@@ -146,6 +154,8 @@ def train(
                     nn.utils.clip_grad_norm_(network.parameters(), experiment.optim.clip)
                 manifold.step()
                 rest.step()
+                if ahead is not None:
+                    ahead.update()
                 if average is not None:
                     average.update(network)
                 progress.step += 1

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from lipnext import losses
 from lipnext.core.eps import parse_eps
@@ -14,7 +15,7 @@ from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import NetworkLoss
 from lipnext.optim.schedule import linear_ramp
 
-LOSSES = ("emma", "cross-entropy", "cll")
+LOSSES = ("emma", "cross-entropy", "cll", "hinge")
 """Losses of logits, which every system can be trained by."""
 
 
@@ -88,6 +89,8 @@ class Objective:
             return losses.cll(
                 logits, labels, distances, self.radius(progress), slack=spec.slack, penalty=spec.penalty
             )
+        if spec.name == "hinge":  # CPL's loss: the mean over the classes of max(0, offset - z_y + z_j)
+            return functional.multi_margin_loss(logits, labels, margin=spec.offset)
         if spec.name == "emma":
             logits = losses.emma(logits, labels, distances, self.radius(progress))
         return losses.cross_entropy(

@@ -134,6 +134,21 @@ def test_successes_inside_the_own_radius_are_returned_with_their_points(tmp_path
     assert honest.inside == {}
 
 
+def test_the_closest_successes_asked_for_are_kept_wherever_they_lie(tmp_path: Path) -> None:
+    logits, images, labels, truth = case = linear_case(4)
+    for _ in range(2):  # the second time they come from the file
+        result = suite(tmp_path / "a.jsonl", case, radius=truth * 0.999, keep=[7, 1])
+        assert sorted(result.kept) == [1, 7]
+        assert result.inside == {}
+        for k, point in result.kept.items():
+            assert float(distances(images[k : k + 1], point[None], 2.0)) == float(result.distance[k])
+            assert int(logits(point[None]).argmax()) != int(labels[k])
+    unbroken = quick(tmp_path / "b.jsonl", case, attacks=["pgd"], eps="0.000001", keep=[1])
+    assert unbroken.kept == {}
+    with pytest.raises(ConfigError, match="holds attacks with another keep"):
+        suite(tmp_path / "a.jsonl", case, radius=truth * 0.999, keep=[2])
+
+
 # ---- resuming
 
 

@@ -617,3 +617,29 @@ def test_what_cannot_be_deployed_is_refused() -> None:
     assert len(MarginCertifier(net, "deployed")(_images(2))) == 2
     with pytest.raises(UnsoundError, match="may overflow; check the weights, or use float64"):
         MarginCertifier(net, "deployed", "float32")
+
+
+@given(st.integers(1, 40), st.integers(1, 20))
+@settings(max_examples=20)
+def test_a_radius_is_the_same_bits_in_every_batch(count: int, size: int) -> None:
+    """Wide enough that a product of one row and one of many add in different orders where blocks are not filled."""
+    net = build(input_shape=(1, 8, 8), classes=10, width=96, depth=2, patch=4, shift=0.125, seed=0)
+    certify = MarginCertifier(net)
+    images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(size))
+    whole = certify(images)
+    parts = Certificate.cat([certify(part) for part in images.split(size)])
+    for name in ("radius", "margin", "rival"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))
+
+
+def test_the_rival_is_the_class_that_decides_the_radius() -> None:
+    net = _net().double()
+    certificate = MarginCertifier(net)(_images(32))
+    frozen = net.materialise()
+    logits, distance = frozen(_images(32).double()), torch.cdist(frozen.head.weight, frozen.head.weight)
+    for k, label in enumerate(certificate.label.tolist()):
+        ratios = {
+            j: ((logits[k, label] - logits[k, j]) / distance[label, j]).item() for j in range(4) if j != label
+        }
+        assert certificate.rival is not None
+        assert certificate.rival[k].item() == min(ratios, key=ratios.__getitem__)

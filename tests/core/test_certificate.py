@@ -241,6 +241,7 @@ def test_cat_joins_in_order() -> None:
         ({"semantics": "deployed", "arithmetic": "float32"}, "semantics"),
         ({"model_sha256": "1" * 64}, "model_sha256"),
         ({"lipschitz": LipschitzBound(value=1.5, norm=2.0, proof="product")}, "lipschitz"),
+        ({"per_image": True}, "per_image"),
     ],
 )
 def test_cat_refuses_what_differs(changes: dict[str, Any], name: str) -> None:
@@ -253,3 +254,23 @@ def test_cat_refuses_what_differs(changes: dict[str, Any], name: str) -> None:
 def test_cat_refuses_nothing() -> None:
     with pytest.raises(UnsoundError, match="nothing to join"):
         Certificate.cat([])
+
+
+@given(st.integers(0, 4), st.integers(0, 4))
+def test_parts_carry_everything_and_join_again(start: int, stop: int) -> None:
+    start, stop = sorted((start, stop))
+    cert = certificate(rival=torch.tensor([3, 1, 2, 0]))
+    part = cert[start:stop]
+    assert part.radius.tolist() == RADII[start:stop]
+    again = Certificate.cat([cert[:start], part, cert[stop:]])
+    for name in ("label", "radius", "slack", "margin", "rival"):
+        assert torch.equal(getattr(again, name), getattr(cert, name))
+    assert again.lipschitz == BOUND
+    assert certificate()[:2].rival is None
+
+
+def test_rivals_are_checked() -> None:
+    with pytest.raises(UnsoundError, match=r"rival must be a torch.int64 tensor of shape \(4,\)"):
+        certificate(rival=torch.tensor([1, 2, 3]))
+    with pytest.raises(UnsoundError, match="with and without rivals"):
+        Certificate.cat([certificate(), certificate(rival=torch.tensor([3, 1, 2, 0]))])

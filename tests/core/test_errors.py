@@ -1,6 +1,7 @@
 """Hints name the closest key, and every error has an exit code for the command line."""
 
 from lipnext.core.errors import (
+    CheckError,
     ConfigError,
     LipnextError,
     TrainingError,
@@ -16,5 +17,5 @@ def test_nearest_leads_with_the_closest_name_and_lists_all() -> None:
 
 
 def test_exit_codes() -> None:
-    errors = (LipnextError, ConfigError, UnsoundError, TrainingError, ViolationError)
-    assert [e.exit_code for e in errors] == [2, 2, 3, 4, 5]
+    errors = (CheckError, LipnextError, ConfigError, UnsoundError, TrainingError, ViolationError)
+    assert [e.exit_code for e in errors] == [1, 2, 2, 3, 4, 5]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import is_norm_bound
 
-from lipnext.nn.head import UnitRowHead
+from lipnext.nn.head import FirstCoordinatesHead, UnitRowHead
 
 
 def _head(channels: int = 6, classes: int = 5, scale: float = 3.0) -> UnitRowHead:
@@ -92,3 +92,12 @@ def test_the_bound_is_that_of_the_rows():
         opposite.weight.copy_(torch.tensor([[3.0, 0.0], [-2.0, 0.0]]))
     # both rows on one line: the norm is sqrt(2), not 1
     assert opposite.lipschitz_bound().value == pytest.approx(2**0.5, rel=1e-9)
+
+
+def test_the_first_coordinates_are_logits_with_rows_root_two_apart_and_nothing_to_learn():
+    head = FirstCoordinatesHead(6, 3)
+    y = torch.randn(4, 6)
+    assert torch.equal(head(y), y[:, :3])
+    assert torch.equal(head.materialise()(y), y[:, :3])
+    assert head.distances()[0, 1].item() == pytest.approx(2**0.5, rel=1e-15)
+    assert not any(parameter.requires_grad for parameter in head.parameters())

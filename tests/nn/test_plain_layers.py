@@ -75,6 +75,11 @@ def test_dense_layers_are_bounded_and_estimated_from_both_sides() -> None:
     torch.testing.assert_close(layer.weight.grad, torch.outer(u[:, 0], v[0]), rtol=0, atol=1e-3)
 
 
+def test_a_dense_layer_takes_flat_features_alone() -> None:
+    with pytest.raises(ValueError, match=r"must have the shape \(B, n\), got \(2, 3, 6\); flatten it first"):
+        Dense(6, 4)(torch.zeros(2, 3, 6))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [Dense(6, 4), Convolution(1, 2, 3, (4, 4), padding=1)])
 def test_the_estimate_stays_warm_and_out_of_the_copy_for_inference(layer: LipschitzModule) -> None:

@@ -52,13 +52,16 @@ def test_an_unknown_experiment_is_answered_with_the_nearest() -> None:
         systems.experiment("liresnext/digits")
 
 
-def test_an_experiment_of_two_systems_has_to_be_named_in_full(new_system: str) -> None:
-    with pytest.raises(
-        ConfigError, match="'digits' names an experiment of several systems; write system/digits"
-    ):
-        systems.experiment("digits")
+def test_a_name_alone_is_lipnext_s_where_it_has_one_and_has_to_be_full_where_others_share_it(
+    new_system: str,
+) -> None:
+    assert systems.experiment("digits").system == "lipnext"
     assert systems.experiment(f"{new_system}/digits").system == new_system
-    assert systems.experiment("lipnext/digits").system == "lipnext"
+    with pytest.raises(
+        ConfigError, match="'cifar10-xlarge' names an experiment of several systems; write system/cifar10"
+    ):
+        systems.experiment("cifar10-xlarge")
+    assert systems.experiment(f"{new_system}/cifar10-xlarge").system == new_system
 
 
 def test_a_network_is_built_from_an_experiment() -> None:
@@ -85,7 +88,7 @@ SYSTEM = System(
     build=lambda **model: None,
     certify=lambda net: None,
     presets={"tiny": {}},
-    experiments={"digits": lambda: Experiment(system="eleventh-system")},
+    experiments={name: lambda: Experiment(system="eleventh-system") for name in ("digits", "cifar10-xlarge")},
 )
 """
 

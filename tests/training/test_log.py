@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lipnext.core.errors import TrainingError
-from lipnext.training.log import RunLog
+from lipnext.training.log import RunLog, epochs
 
 
 def test_each_event_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
@@ -35,6 +35,17 @@ def test_what_a_crash_left_and_what_came_after_the_checkpoint_is_dropped(tail: s
         assert path.read_text().splitlines() == kept
         log.write(9, "epoch")
     assert path.read_text().splitlines() == [*kept, '{"step": 9, "event": "epoch"}']
+
+
+def test_epochs_are_read_back_without_other_events_and_half_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with RunLog(path, 0) as log:
+        log.write(3, "epoch", loss=0.5)
+        log.write(3, "stopped")
+        log.write(6, "epoch", loss=0.25)
+    with path.open("a") as file:
+        file.write('{"step": 9, "event": "epo')
+    assert [epoch["loss"] for epoch in epochs(path)] == [0.5, 0.25]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:

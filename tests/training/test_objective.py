@@ -74,3 +74,12 @@ def test_the_calibrated_loss_takes_its_numbers_from_the_experiment() -> None:
     spec = LossSpec(name="cll", radius="0.3", ramp_from=1, ramp_to=1, slack=0.2, penalty=0.01)
     wanted = losses.cll(LOGITS, LABELS, DISTANCES, 0.3, slack=0.2, penalty=0.01)
     assert Objective(spec)(LOGITS, LABELS, DISTANCES, 0.5).item() == wanted.item()
+
+
+def test_hinge_asks_every_rival_for_the_margin() -> None:
+    objective = Objective(LossSpec(name="hinge", offset=0.7))
+    slow = 0.0
+    for z, y in zip(LOGITS.tolist(), LABELS.tolist(), strict=True):
+        slow += sum(max(0.0, 0.7 - z[y] + z[k]) for k in range(len(z)) if k != y) / len(z) / len(LOGITS)
+    assert objective(LOGITS, LABELS, DISTANCES, 0.5).item() == pytest.approx(slow, rel=1e-12)
+    assert slow > 0
