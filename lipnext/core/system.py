@@ -81,7 +81,7 @@ class System:
     norm: float
     build: Callable[..., nn.Module]
     certify: MakeCertifier
-    published: Callable[[nn.Module], Estimate] | None = None
+    published: Callable[[Any], Estimate] | None = None
     losses: Mapping[str, NetworkLoss] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, bool | int | float | str]]
     experiments: Mapping[str, Callable[[], Experiment]]
