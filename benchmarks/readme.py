@@ -21,7 +21,7 @@ from lipnext.deployment.figures import Curve, certified_accuracy, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("findings", "export", "zoo")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("findings", "export", "zoo", "systems")))
 ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust")
 BASELINES = ("digits", "fashion-mnist-cpu", "cifar10-cpu")
 EPS = ("36/255", "72/255", "108/255")
@@ -265,6 +265,69 @@ def export_table() -> str:
     return "\n".join(lines)
 
 
+def comparison_table() -> str:
+    """All systems at equal training time: shares rounded down, attacked accuracy up."""
+    lines = []
+    for document in load("compare-*.json"):
+        rows, n = document["rows"], document["n"]
+        attacked = next(row["attacked"]["n"] for row in rows if row["attacked"])
+        head = [
+            "model",
+            "parameters",
+            "epochs",
+            "minutes",
+            "clean",
+            *(f"CRA {e}" for e in rows[0]["cra"]),
+            "ACR",
+            "±",
+        ]
+        lines += [
+            f"{document['data']}, {n} test images; attacked: {attacked} of them.",
+            "",
+            "| " + " | ".join([*head, "attacked 36/255"]) + " |",
+            "|" + "---|" * (len(head) + 1),
+        ]
+        for r in rows:
+            spread = max(high - low for low, high in r["interval"].values()) / 2
+            left = r["attacked"]["accuracy"]["36/255"] if r["attacked"] else None
+            cells = [
+                f"`{r['name']}`" if "/" in r["name"] else r["name"],
+                f"{r['parameters']:,}" if r.get("epochs") else "-",
+                str(r["epochs"]) if r.get("epochs") else "-",
+                f"{r['minutes']:.1f}" if r.get("epochs") else "-",
+                *(floor(f) for f in (r["clean"], *r["cra"].values(), r["acr"])),
+                f"{spread:.3f}",
+                "-" if left is None else f"{left:.3f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip("\n")
+
+
+def published_table() -> str:
+    """The constant of the body: proved, as the published code would state it, and what would be certified with that."""
+    lines = [
+        "| data | model | K proved | K published | by | CRA 36/255 proved | as published |",
+        "|" + "---|" * 7,
+    ]
+    for document in load("compare-*.json"):
+        for r in document["rows"]:
+            if r.get("published") is None:
+                continue
+            share = r["cra_published"]["36/255"]
+            cells = [
+                document["data"],
+                f"`{r['name']}`",
+                f"{r['lipschitz']['bound']:.5g}",
+                f"{r['published']['constant']:.5g}",
+                r["published"]["method"],
+                floor(r["cra"]["36/255"]),
+                floor(share),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "optimizers": optimizers_table,
@@ -280,6 +343,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "dense": dense_table,
     "zoo": zoo_table,
     "export": export_table,
+    "comparison": comparison_table,
+    "published": published_table,
 }
 
 

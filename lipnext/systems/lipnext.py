@@ -229,7 +229,7 @@ PRESETS: dict[str, dict[str, int | float]] = {
     "tiny": {"width": 16, "depth": 2, "patch": 2, "shift": 0.125},
     "digits": {"width": 64, "depth": 4, "patch": 4, "shift": 0.125},
     "fashion-mnist-cpu": {"width": 192, "depth": 8, "patch": 4, "shift": 0.0625, "pool": False},
-    "cifar10-cpu": {"width": 192, "depth": 8, "patch": 4, "shift": 0.0625, "pool": False},
+    "cifar10-cpu": {"width": 192, "depth": 8, "patch": 4, "shift": 0.0625},
     "cifar10": {"width": 1024, "depth": 32, "patch": 2, "shift": 0.0625},
     "cifar10-w2048": {"width": 2048, "depth": 32, "patch": 2, "shift": 0.0625},
     "cifar100": {"width": 2048, "depth": 32, "patch": 2, "shift": 0.0625},

@@ -266,7 +266,7 @@ def fashion_mnist_cpu() -> Experiment:
         data=DataSpec(name="idx"),
         augment=AugmentSpec(flip=True),
         train=TrainSpec(epochs=10, batch_size=256),
-        optim=OptimSpec(euclidean="adam", euclidean_lr=2e-3),
+        optim=OptimSpec(euclidean="adam", euclidean_lr=1e-2),
         loss=LossSpec(name="local-lip-b", ramp_from=0.0, ramp_to=1.1),
     )
 
@@ -281,7 +281,7 @@ def cifar10_cpu() -> Experiment:
         data=DataSpec(name="parquet"),
         augment=AugmentSpec(flip=True, crop=2),
         train=TrainSpec(epochs=8, batch_size=256),
-        optim=OptimSpec(euclidean="adam", euclidean_lr=2e-3),
+        optim=OptimSpec(euclidean="adam", euclidean_lr=5e-3),
         loss=LossSpec(name="local-lip-b", ramp_from=0.0, ramp_to=1.1),
     )
 

@@ -33,7 +33,7 @@ def _problem(seed: int, n: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_it_is_the_maximum_that_the_published_loop_approaches(seed: int) -> None:
     form, radius, lower, upper = _problem(seed)
     expected = clip_and_rescale(form, radius.item(), lower, upper)
@@ -44,7 +44,7 @@ def test_it_is_the_maximum_that_the_published_loop_approaches(seed: int) -> None
 
 
 @given(st.integers(0, 10**6), st.integers(0, 8))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_no_feasible_point_is_above_the_bound_however_badly_it_was_bisected(seed: int, steps: int) -> None:
     form, radius, lower, upper = _problem(seed)
     bound = ball_box_bound(form, radius, lower, upper, steps=steps)

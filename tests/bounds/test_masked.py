@@ -27,14 +27,14 @@ def _masked(matrix: Tensor, rows: Tensor, columns: Tensor) -> list[Tensor]:
 
 
 @given(st.integers(0, 10**6), st.floats(-60, 60))
-@settings(max_examples=25)
+@settings(max_examples=10)
 def test_gram_bounds_are_just_above_the_norm(seed: int, exponent: float) -> None:
     matrix, rows, columns = _problem(seed)
     matrix = matrix * 2.0**exponent
     bounds = masked_gram_bounds(matrix, rows, columns, largest=9)
     for bound, masked in zip(bounds.tolist(), _masked(matrix, rows, columns), strict=True):
         norm = spectral_norm(masked)
-        assert norm * (1 - 1e-13) <= bound <= norm * 9 ** (1 / 2**8) * (1 + 1e-9) + 1e-100
+        assert norm * (1 - 1e-13) <= bound <= norm * 9 ** (1 / 2**8) * (1 + 1e-9) + 1e-40
 
 
 def test_a_gram_bound_holds_in_exact_arithmetic_where_only_the_rounding_terms_are_left() -> None:
@@ -66,7 +66,7 @@ def test_a_matrix_with_nan_has_no_number_as_its_bound() -> None:
 
 @pytest.mark.parametrize("steps", [0, 3])
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=25)
+@settings(max_examples=10)
 def test_absolute_bounds_are_above_the_norm_of_the_absolute_values(seed: int, steps: int) -> None:
     matrix, rows, columns = _problem(seed)
     sizes = matrix.abs()
