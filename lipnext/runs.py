@@ -34,6 +34,7 @@ from lipnext.deployment.publish import stage
 from lipnext.deployment.vnnlib import query
 from lipnext.training.loop import resolve_precision
 from lipnext.training.loop import train as train_network
+from lipnext.training.objective import Objective
 from lipnext.training.progress import reporter
 
 EXPERIMENT, RESULT = "experiment.yaml", "result.json"
@@ -93,6 +94,8 @@ def train(
     is_new = _check_free(folder, experiment)
     splits = load_data(experiment.data)
     network = systems.build_network(experiment, splits.train.shape, len(splits.train.classes))
+    losses = systems.get(experiment.system).losses
+    Objective(experiment.loss, losses)  # a loss that does not exist is refused before the folder is made
     if is_new:
         _claim(folder, experiment)
     steps = experiment.train.epochs * count_batches(len(splits.train), experiment.train.batch_size)
@@ -103,7 +106,7 @@ def train(
             splits.train,
             splits.validation,
             folder,
-            losses=systems.get(experiment.system).losses,
+            losses=losses,
             reporter=progress,
             tensorboard=tensorboard,
         )

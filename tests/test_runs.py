@@ -198,6 +198,12 @@ def test_a_mistyped_setting_does_not_take_the_folder(wrong: str, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_that_does_not_exist_is_refused_before_the_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no loss 'ema'; did you mean 'emma'"):
+        runs.train("tiny", tmp_path / "run", overrides=["loss.name=ema"])
+    assert not (tmp_path / "run").exists()
+
+
 # ---- nothing is tuned on the test part
 
 
