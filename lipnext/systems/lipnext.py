@@ -122,7 +122,7 @@ def fashion_mnist_cpu() -> Experiment:
         augment=AugmentSpec(flip=True),
         train=TrainSpec(epochs=16, batch_size=256, precision="auto"),
         optim=OptimSpec(lr=0.012, euclidean_lr=3e-3),
-        loss=LossSpec(temperature=0.35, ramp_to=3.0),
+        loss=LossSpec(temperature=0.3, ramp_to=3.0),
     )
 
 
