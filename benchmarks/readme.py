@@ -21,7 +21,10 @@ from lipnext.deployment.figures import Curve, certified_accuracy, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("findings", "export", "zoo", "systems")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("findings", "export", "zoo", "systems")),
+)
 ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust")
 BASELINES = ("digits", "fashion-mnist-cpu", "cifar10-cpu")
 EPS = ("36/255", "72/255", "108/255")

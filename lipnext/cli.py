@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -188,6 +189,26 @@ def certify(
             f"the error that is proved for {certificate.arithmetic} exceeds most margins; certify with "
             "--arithmetic float64"
         )
+
+
+@app.command()
+def analyse(
+    model: Annotated[str, typer.Argument(help="A network of your own, file.py:factory; the file is run.")],
+    data: Data = None,
+    eps: Annotated[
+        str, typer.Option(help="linf distances in pixel units of images in [0, 1], such as 2/255,8/255.")
+    ] = "8/255",
+    samples: Annotated[int, typer.Option(help="Images of the test part, from its start.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Bound the local linf Lipschitz constants of a plain ReLU, tanh or sigmoid network; certify linf radii."""
+    from lipnext import runs
+
+    result = runs.analyse(model, data, eps=eps, samples=samples)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_analysis(result, model)
 
 
 @app.command()
@@ -595,6 +616,26 @@ def _print_summary(result: dict[str, Any], title: str) -> None:
         f"(proved: {bound['proof']}), weights {result['model_sha256'][:12]}",
         highlight=False,
     )
+
+
+def _print_analysis(result: dict[str, Any], model: str) -> None:
+    """Constants are upper bounds and rounded up, radii down."""
+    _print_summary(result, f"{model}: {result['n']} images")
+    console = Console(highlight=False)
+    for eps in result["cra"]:
+        title = f"largest constant of a margin of the label, within linf {eps}"
+        names = ("image", "label", "true", "radius", "joint", "recurjac", "interval", "up", "down")
+        table = Table(*names, title=title, title_justify="left", box=box.SIMPLE)
+        for row in result["images"]:
+            found = row["constants"][eps]
+            table.add_row(
+                *(str(row[key]) for key in ("index", "label", "true")),
+                round_down(row["radius"], 6),
+                *(round_up(found[method], 4) for method in ("joint", "recurjac", "interval")),
+                *(str(len(row[key][eps])) for key in ("growing", "falling")),
+            )
+        console.print(table)
+    console.print("up, down: number of pixels with which the label's logit can only grow, or only fall")
 
 
 def _share(share: float, n: int) -> Fraction:

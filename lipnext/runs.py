@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,6 +12,8 @@ from lipnext import systems
 from lipnext._version import __version__
 from lipnext.auditing.audit import USUAL, Audit, parse_attacks
 from lipnext.auditing.audit import audit as run_audit
+from lipnext.certificates.clarke.certifier import ClarkeCertifier
+from lipnext.certificates.clarke.jacobian import Method
 from lipnext.certificates.module import certify_module
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.classifier import Classifier
@@ -37,6 +39,7 @@ from lipnext.training.loop import train as train_network
 from lipnext.training.objective import Objective
 from lipnext.training.progress import reporter
 
+ANALYSED_AT_ONCE = 8
 EXPERIMENT, RESULT = "experiment.yaml", "result.json"
 
 
@@ -201,6 +204,72 @@ def certify_model(
     )
     with reporter("certifying", len(test)) as progress:
         return net.certify(test.float_images(), progress=progress.advance), test
+
+
+def analyse(model: str, data: str | None = None, *, eps: str, samples: int = 10) -> dict[str, Any]:
+    """Bound local linf constants and certify linf radii for the first images of a test part, with a network of one's own.
+
+    Args:
+        model: "file.py:factory", as `deployment.factory.load_factory`.
+        data: folder with a data set; None takes the embedded digits.
+        eps: linf distances for the constants, "2/255,8/255".
+        samples: how many images; all where the test part has no more.
+
+    Returns:
+        The certificate's summary, and `images`: for each its label, radius, and by eps the constants of each method and the
+        pixels, counted row by row, with which the label's logit can only grow or only fall.
+
+    Raises:
+        LipnextError: one line that says what to do.
+    """
+    wanted = parse_eps_list(eps)
+    if samples < 1:
+        raise ConfigError(f"samples must be at least 1, got {samples}")
+    spec = DataSpec() if data is None else DataSpec(name=detect(Path(data)), path=data)
+    test = load_data(spec).test
+    test = test.subset(torch.arange(min(samples, len(test))))
+    certifier = ClarkeCertifier(load_factory(model), test.shape)
+    if certifier.classes != len(test.classes):
+        raise ConfigError(
+            f"the network gives {certifier.classes} logits, the data set has {len(test.classes)} classes; "
+            "take the data set that the network was trained for"
+        )
+    certificates, rows = [], []
+    with reporter("analysing", len(test)) as progress:
+        for index in torch.arange(len(test)).split(ANALYSED_AT_ONCE):
+            images = test.float_images(index)
+            certificate = certifier(images)
+            certificates.append(certificate)
+            constants: dict[str, dict[str, list[float]]] = {}
+            signs: dict[str, list[list[int]]] = {}
+            for name, size in wanted.items():
+                constants[name] = {
+                    method: certifier.constants(images, size, method).largest.tolist()
+                    for method in get_args(Method)
+                }
+                signs[name] = certifier.monotone(images, size).flatten(1).tolist()
+            rows += [
+                {
+                    "index": int(index[i]),
+                    "label": int(certificate.label[i]),
+                    "true": int(test.labels[index[i]]),
+                    "radius": certificate.radius[i].item(),
+                    "margin": certificate.margin[i].item(),
+                    "constants": {
+                        name: {method: values[i] for method, values in found.items()}
+                        for name, found in constants.items()
+                    },
+                    "growing": {name: _places(found[i], 1) for name, found in signs.items()},
+                    "falling": {name: _places(found[i], -1) for name, found in signs.items()},
+                }
+                for i in range(len(index))
+            ]
+            progress.advance(len(index))
+    return Certificate.cat(certificates).summary(test.labels, wanted) | {"images": rows}
+
+
+def _places(signs: list[int], sign: int) -> list[int]:
+    return [place for place, found in enumerate(signs) if found == sign]
 
 
 def audit(

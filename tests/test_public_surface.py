@@ -37,6 +37,7 @@ COMMANDS = {
         "--images",
         "--json",
     ],
+    "analyse": ["model", "--data", "--eps", "--samples", "--json"],
     "verify": ["run", "--images", "--records", "--samples", "--json"],
     "audit": [
         "run",

@@ -142,6 +142,7 @@ class Step(Operation):
         label: what `lipnext doctor` shows.
         factor: s, the operation's own constant.
         function: computes it, in the dtype of its input.
+        linear: where it is affine, its linear part, whose matrix then has at most `terms` roundings in an entry; else None.
         magnitude: M, for inputs without negative entries; None where nothing is rounded.
         absolute: A.
         terms: m; 0 where nothing is rounded.
@@ -159,6 +160,7 @@ class Step(Operation):
     label: str
     factor: LipschitzBound
     function: Map
+    linear: Map | None = None
     magnitude: Map | None = None
     absolute: float = 0.0
     terms: int = 0
@@ -359,6 +361,7 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
         label=f"Linear({weight.shape[1]}, {weight.shape[0]})",
         factor=dense_bound(w),
         function=lambda x: functional.linear(x, w, shift),
+        linear=lambda x: functional.linear(x, w),
         magnitude=lambda x: functional.linear(x, w.abs(), None if shift is None else shift.abs()),
         absolute=absolute,
         terms=weight.shape[1] + 1,
@@ -413,6 +416,8 @@ def convolution(
         label=f"Conv2d({per_group * groups}, {out}, {taps[0]}x{taps[1]})",
         factor=convolution_bound(w, input_size, **settings),  # type: ignore[arg-type]
         function=lambda x: convolve(x, w, shift),
+        # Around a torus a pixel may meet several weights, which add up in an entry of the matrix.
+        linear=(lambda x: convolve(x, w, None)) if padding_mode == "zeros" else None,
         magnitude=lambda x: convolve(x, w.abs(), None if shift is None else shift.abs()),
         absolute=absolute,
         terms=terms,
@@ -486,6 +491,7 @@ def batch_norm(
         label=f"BatchNorm({len(v)})",
         factor=LipschitzBound(value=largest, norm=2.0, proof="scaling"),
         function=lambda x: (x - centre) * factors + constant,
+        linear=lambda x: x * factors,
         magnitude=lambda x: (x + centre.abs()) * factors.abs() + constant.abs(),
         absolute=largest,
         terms=16,
@@ -516,6 +522,7 @@ def scale(constant: float | Tensor, divide: bool = False) -> Step:
         label=("divide by " if divide else "multiply by ") + _text(constant),
         factor=LipschitzBound(value=largest, norm=2.0, proof="scaling"),
         function=function,
+        linear=function,
         magnitude=(lambda x: x / size) if divide else (lambda x: x * size),
         absolute=largest,
         terms=4,
@@ -533,6 +540,7 @@ def shift(constant: float | Tensor, sign: int = 1, mirror: bool = False) -> Step
         label=name + _text(constant),
         factor=LipschitzBound(value=1.0, norm=2.0, proof="translation"),
         function=lambda x: (-x if mirror else x) + sign * tensor,
+        linear=lambda x: -x if mirror else x,
         magnitude=lambda x: x + tensor.abs(),
         absolute=1.0,
         terms=2,
@@ -545,7 +553,12 @@ def shift(constant: float | Tensor, sign: int = 1, mirror: bool = False) -> Step
 
 def one_lipschitz(label: str, function: Map, proof: str = "one-lipschitz") -> Step:
     """A map that compares, moves or mirrors numbers: 1-Lipschitz, and nothing is rounded."""
-    return Step(label=label, factor=LipschitzBound(value=1.0, norm=2.0, proof=proof), function=function)
+    linear = (
+        function if proof == "isometry" else None
+    )  # those that are not linear are folds, of proof "one-lipschitz"
+    return Step(
+        label=label, factor=LipschitzBound(value=1.0, norm=2.0, proof=proof), function=function, linear=linear
+    )
 
 
 def unchanged(value: Tensor) -> Tensor:
@@ -647,6 +660,7 @@ def _averaging(label: str, factor: LipschitzBound, pool: Map, window: int) -> St
         label=label,
         factor=factor,
         function=pool,
+        linear=pool,
         magnitude=lambda x: pool(x).abs(),
         absolute=factor.value,
         terms=window + 3,

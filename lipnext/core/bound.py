@@ -28,6 +28,11 @@ PROOFS: dict[str, str] = {
     "skew-exponential": "T terms of exp(L) are within ||L||^T / T! of an orthogonal map, since L is skew.",
     "quadratic-constraint": "Slopes within [0, 1] obey a quadratic inequality, which gives the constant that the layer's "
     "docstring derives.",
+    "matrix-measure": "z = relu(A z + v) has one solution for every v if mu = max_i a_ii + sum_{j != i} |a_ij| < 1, and it is "
+    "1 / (1 - max(mu, 0))-Lipschitz in v in linf.",
+    "comparison": "The solution of z = relu(A z + B x + b), mu(A) < 1, moves by at most h ||x - x'|| in linf, unit by unit, "
+    "for any h with (1 - a_ii) h_i >= sum_{j != i} |a_ij| h_j + sum_j |b_ij|.",
+    "row-sum": "In linf the constant of a matrix is its largest absolute row sum, rounded up.",
     "nearest-neighbour": "The distance to a fixed point set is 1-Lipschitz by the triangle inequality.",
 }
 

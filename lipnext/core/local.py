@@ -57,6 +57,10 @@ class MonotoneModule(LipschitzModule):
         """
 
 
+class ReshapeModule(MonotoneModule):
+    """Hands on every number once, in an order that does not depend on them."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """An affine layer, its name, and the monotone layers behind it."""

@@ -16,6 +16,7 @@ from lipnext.core.classifier import Classifier
 from lipnext.core.errors import UnsoundError
 from lipnext.core.rounding import add_up, mul_up
 from lipnext.deployment.bundle import CERTIFICATE, read_json
+from lipnext.systems import get
 
 FORMAT = 1
 KEY = "lipnext"
@@ -41,11 +42,11 @@ def make_manifest(model: Classifier, folder: Path, arithmetic: str) -> dict[str,
     Raises:
         UnsoundError: if the global margin certificate does not hold for the network, or the arithmetic has no error bound.
     """
-    certifier = MarginCertifier(model.net)
-    if certifier.evidence.body.norm != 2.0:
+    if get(model.system).norm != 2.0:
         raise UnsoundError(
             "cannot export a network that is certified in linf; its radii need another formula"
         )
+    certifier = MarginCertifier(model.net)
     proved = certifier.describe()
     if arithmetic not in proved["ball_error"]:
         known = " or ".join(proved["ball_error"]) or "nothing"

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lipnext.core.bound import LipschitzBound
-from lipnext.core.local import MonotoneModule
+from lipnext.core.local import ReshapeModule
 from lipnext.core.module import LipschitzModule
 from lipnext.core.rounding import RoundingState
 
@@ -19,7 +19,7 @@ class _Isometry(LipschitzModule):
         return state
 
 
-class Flatten(_Isometry, MonotoneModule):
+class Flatten(_Isometry, ReshapeModule):
     """`(B, ...)` to `(B, n)`."""
 
     def forward(self, x: Tensor) -> Tensor:

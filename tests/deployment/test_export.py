@@ -142,7 +142,7 @@ def test_tables_are_rounded_up_and_float32_pays_for_its_arithmetic(folder: Path,
 
 def test_a_network_without_the_margin_certificate_is_refused(folder: Path, tmp_path: Path) -> None:
     def foreign(net: nn.Module) -> Classifier:
-        return Classifier(net, lambda *_: None, SHAPE, CLASSES, "foreign").eval()  # type: ignore[arg-type,return-value]
+        return Classifier(net, lambda *_: None, SHAPE, CLASSES, "lipnext").eval()  # type: ignore[arg-type,return-value]
 
     class Unknown(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
@@ -159,6 +159,12 @@ def test_a_network_without_the_margin_certificate_is_refused(folder: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_system_certified_in_linf_is_refused(folder: Path, model: Classifier) -> None:
+    linf = Classifier(model.net, model.make_certifier, SHAPE, CLASSES, "nemon").eval()
+    with pytest.raises(UnsoundError, match="cannot export a network that is certified in linf"):
+        make_manifest(linf, folder, "float64")
+
+
 def test_a_network_without_a_float32_bound_is_refused_in_float32(folder: Path) -> None:
     class NoFloat32(Flatten):
         def rounding(self, state: RoundingState) -> RoundingState:
@@ -167,7 +173,7 @@ def test_a_network_without_a_float32_bound_is_refused_in_float32(folder: Path) -
             return state
 
     net = LipschitzNetwork([NoFloat32()], UnitRowHead(16, 3), SHAPE).float().materialise()
-    model = Classifier(net, lambda *_: None, SHAPE, CLASSES, "flat").eval()  # type: ignore[arg-type,return-value]
+    model = Classifier(net, lambda *_: None, SHAPE, CLASSES, "lipnext").eval()  # type: ignore[arg-type,return-value]
     with pytest.raises(UnsoundError, match=r"cannot export in float32: no error bound .*; export in float64"):
         make_manifest(model, folder, "float32")
     assert make_manifest(model, folder, "float64")["arithmetic"] == "float64"
