@@ -70,7 +70,7 @@ COMMANDS = {
         "--out",
         "--figure",
         "--json",
-    ],  # fmt: skip
+    ],
     "serve": ["run", "--host", "--port", "--abstain-below", "--token-file"],
     "doctor": ["model", "--shape", "--json"],
 }

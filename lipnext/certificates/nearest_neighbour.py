@@ -1,7 +1,7 @@
 """The nearest-neighbour certificate: it learns nothing, and no system may fall below it.
 
-With `f_k(x) = -min_i ||x - x_i||` over the training images of class k every logit is 1-Lipschitz by the triangle inequality, so the
-radius is half the gap between the two best classes.
+With `f_k(x) = -min_i ||x - x_i||` over the training images of class k every logit is 1-Lipschitz by the triangle inequality, so
+the radius is half the gap between the two best classes.
 """
 
 import math
