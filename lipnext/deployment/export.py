@@ -24,6 +24,7 @@ from lipnext.core.files import atomic_write
 from lipnext.core.network import LipschitzNetwork
 from lipnext.deployment.bundle import WEIGHTS
 from lipnext.deployment.manifest import KEY, make_manifest, margin_error
+from lipnext.deployment.products import PRODUCTS
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -176,9 +177,16 @@ def _onnx(program: torch.export.ExportedProgram, manifest: str) -> tuple[bytes, 
     import onnxruntime
 
     with _quiet():
-        exported = torch.onnx.export(
-            program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-        )
+        if any(tensor.dtype == torch.float64 for tensor in program.state_dict.values()):
+            program = program.run_decompositions(PRODUCTS)
+        try:
+            exported = torch.onnx.export(
+                program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ConfigError(
+                f"the network cannot be written as ONNX: {_first_line(error.__cause__ or error)}; export to torch instead"
+            ) from error
     assert exported is not None
     model = exported.model_proto
     graph = model.graph
@@ -192,8 +200,17 @@ def _onnx(program: torch.export.ExportedProgram, manifest: str) -> tuple[bytes, 
     data = model.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's errors have no common base
+        raise ConfigError(
+            f"onnxruntime cannot run this graph: {_first_line(error)}; take another --dtype or export to torch"
+        ) from error
     return data, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -16,9 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_runs import CLASSES, SHAPE, experiment, network, pictures
 from torch import Tensor, nn
+from torch.nn import functional
 
+from lipnext import systems
 from lipnext.core.classifier import Classifier
 from lipnext.core.errors import ConfigError, UnsoundError
+from lipnext.core.experiment import Experiment
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.rounding import RoundingState, mul_up
 from lipnext.deployment import export as exporting
@@ -279,6 +282,62 @@ def test_the_bundle_itself_is_not_overwritten(folder: Path, model: Classifier) -
     with pytest.raises(ConfigError, match="is the bundle's own file, which must stay as it is"):
         export(model, folder, "safetensors", folder / "model.safetensors")
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda x: functional.avg_pool2d(x, 2, ceil_mode=True).flatten(1),
+            "onnxruntime cannot run this graph: .*Pool",
+        ),
+        (
+            lambda x: torch.linalg.eigvalsh(x).flatten(1),
+            "cannot be written as ONNX: .*eigh.*; export to torch instead",
+        ),
+    ],
+)
+def test_an_operation_without_a_counterpart_is_told_in_one_line(
+    folder: Path, tmp_path: Path, function: Callable[[Tensor], Tensor], message: str
+) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra: onnx)")
+
+    class Odd(Flatten):
+        def forward(self, images: Tensor) -> Tensor:
+            return function(images)
+
+    net = LipschitzNetwork([Odd()], UnitRowHead(4, 3), SHAPE).float().materialise()
+    model = Classifier(net, lambda *_: None, SHAPE, CLASSES, "lipnext").eval()  # type: ignore[arg-type,return-value]
+    with pytest.raises(ConfigError, match=message) as refusal:
+        export(model, folder, "onnx", tmp_path / "model.onnx")
+    assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", systems.list_systems())
+def test_every_system_is_exported_to_onnx_in_float64_or_refused_in_one_line(
+    name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra: onnx)")
+    system = systems.get(name)
+    tiny = Experiment(system=name, model=dict(system.presets["tiny"]))
+    net = systems.build_network(tiny, (1, 8, 8), 10).float()
+    save_bundle(net, tiny, tuple("0123456789"), tmp_path)
+    model = load_bundle(tmp_path)
+    if system.norm != 2.0:
+        with pytest.raises(UnsoundError, match="certified in linf"):
+            export(model, tmp_path, "onnx", tmp_path / "model.onnx")
+        return
+    report = export(model, tmp_path, "onnx", tmp_path / "model.onnx")
+    assert report["difference"] <= 1e-12
+    images = torch.rand(20, 1, 8, 8)
+    label, radius = python_certify()(str(tmp_path / "model.onnx"), images.numpy())
+    certificate = model.certify(images)
+    assert label.tolist() == certificate.label.tolist()
+    # the system's own certificate may know more than the global one, and never less
+    assert (torch.from_numpy(radius) <= certificate.radius + 1e-9).all()
 
 
 # ---- the snippets of the page
