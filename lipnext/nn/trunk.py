@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import ConfigError
 from lipnext.core.module import LipschitzModule
+from lipnext.core.network import LipschitzNetwork
 from lipnext.core.rounding import RoundingState
 from lipnext.nn.activation import MaxMin
+from lipnext.nn.head import UnitRowHead
 from lipnext.nn.position import Centre
 from lipnext.nn.reshape import Flatten, PadChannels, Unshuffle
 
@@ -87,6 +90,52 @@ def shrinking_trunk(
         layers += [EverySecondChannel(), Unshuffle(2)]
         width, size = 2 * width, _shrunk(size, 2)
     return [*layers, Flatten()], width * math.prod(size)
+
+
+def trunk_network(
+    convolution: Callable[[int, int, tuple[int, int], torch.Generator], LipschitzModule],
+) -> Callable[..., LipschitzNetwork]:
+    """Return the `build` of a system that is `shrinking_trunk` with its own convolution and a unit-row head.
+
+    Args:
+        convolution: as `MakeConvolution`, with a source of randomness.
+    """
+
+    def build(
+        *,
+        input_shape: tuple[int, int, int],
+        classes: int,
+        width: int = 64,
+        blocks: int = 3,
+        convolutions: int = 3,
+        patch: int = 4,
+        seed: int = 0,
+    ) -> LipschitzNetwork:
+        """Build the network `shrinking_trunk -> unit-row head`.
+
+        Args:
+            input_shape: `(c, H, W)` of the images.
+            classes: number of classes K.
+            width: channels of the first block, a multiple of 4; each block doubles them.
+            blocks: of which each halves the sides; the last one has 1x1 convolutions.
+            convolutions: in each block.
+            patch: side of the patches that become channels at the start.
+            seed: of the initial weights.
+
+        Raises:
+            ConfigError: if a value is out of range or the width too small for a patch.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def seeded(channels: int, kernel: int, size: tuple[int, int]) -> LipschitzModule:
+            return convolution(channels, kernel, size, generator)
+
+        layers, features = shrinking_trunk(
+            input_shape, seeded, width=width, blocks=blocks, convolutions=convolutions, patch=patch
+        )
+        return LipschitzNetwork(layers, UnitRowHead(features, classes, generator=generator), input_shape)
+
+    return build
 
 
 def _shrunk(size: tuple[int, int], factor: int) -> tuple[int, int]:

@@ -10,46 +10,19 @@ from torch import nn
 from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.bound import Estimate
 from lipnext.core.experiment import AugmentSpec, DataSpec, Experiment, LossSpec, OptimSpec, TrainSpec
-from lipnext.core.network import LipschitzNetwork
+from lipnext.core.laptop import laptop_run
 from lipnext.core.system import System
 from lipnext.nn.aol import AolConvolution
-from lipnext.nn.head import UnitRowHead
-from lipnext.nn.trunk import shrinking_trunk
+from lipnext.nn.trunk import trunk_network
 
 
-def build(
-    *,
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: int = 64,
-    blocks: int = 3,
-    convolutions: int = 3,
-    patch: int = 4,
-    seed: int = 0,
-) -> LipschitzNetwork:
-    """Build the network `shrinking_trunk -> unit-row head`.
+def _convolution(
+    channels: int, kernel: int, size: tuple[int, int], generator: torch.Generator
+) -> AolConvolution:
+    return AolConvolution(channels, kernel, size, generator=generator)
 
-    Args:
-        input_shape: `(c, H, W)` of the images.
-        classes: number of classes K.
-        width: channels of the first block, a multiple of 4; each block doubles them.
-        blocks: of which each halves the sides; the last one has 1x1 convolutions.
-        convolutions: in each block.
-        patch: side of the patches that become channels at the start.
-        seed: of the initial weights.
 
-    Raises:
-        ConfigError: if a value is out of range or the width too small for a patch.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def convolution(channels: int, kernel: int, size: tuple[int, int]) -> AolConvolution:
-        return AolConvolution(channels, kernel, size, generator=generator)
-
-    layers, features = shrinking_trunk(
-        input_shape, convolution, width=width, blocks=blocks, convolutions=convolutions, patch=patch
-    )
-    return LipschitzNetwork(layers, UnitRowHead(features, classes, generator=generator), input_shape)
+build = trunk_network(_convolution)
 
 
 def published(network: nn.Module) -> Estimate:
@@ -59,13 +32,12 @@ def published(network: nn.Module) -> Estimate:
 
 def tiny() -> Experiment:
     """Two blocks of one convolution on the digits: seconds on a CPU. It shows that everything works, no accuracy."""
-    return Experiment(
-        system="aol",
-        preset="tiny",
-        summary="2 blocks of width 16 on the digits; seconds on a CPU",
-        model=dict(PRESETS["tiny"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=3, batch_size=64),
+    return laptop_run(
+        "aol",
+        "tiny",
+        PRESETS["tiny"],
+        "2 blocks of width 16 on the digits; seconds on a CPU",
+        epochs=3,
         optim=OptimSpec(euclidean_lr=1e-2),
         loss=OFFSET,
     )
@@ -73,13 +45,12 @@ def tiny() -> Experiment:
 
 def digits() -> Experiment:
     """Scikit-learn's digits, 8x8: under a minute on two CPU cores."""
-    return Experiment(
-        system="aol",
-        preset="digits",
-        summary="scikit-learn's digits; under a minute on 2 CPU cores",
-        model=dict(PRESETS["digits"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=30, batch_size=64),
+    return laptop_run(
+        "aol",
+        "digits",
+        PRESETS["digits"],
+        "scikit-learn's digits; under a minute on 2 CPU cores",
+        epochs=30,
         optim=OptimSpec(euclidean_lr=3e-3),
         loss=OFFSET,
     )
@@ -87,14 +58,12 @@ def digits() -> Experiment:
 
 def fashion_mnist_cpu() -> Experiment:
     """Fashion-MNIST (IDX files): minutes on two CPU cores, with NAdam in place of the published SGD."""
-    return Experiment(
-        system="aol",
-        preset="fashion-mnist-cpu",
-        summary="Fashion-MNIST; minutes on 2 CPU cores",
-        model=dict(PRESETS["fashion-mnist-cpu"]),
-        data=DataSpec(name="idx"),
-        augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=10, batch_size=256, precision="auto"),
+    return laptop_run(
+        "aol",
+        "fashion-mnist-cpu",
+        PRESETS["fashion-mnist-cpu"],
+        "Fashion-MNIST; minutes on 2 CPU cores",
+        epochs=10,
         optim=OptimSpec(euclidean_lr=1e-3),
         loss=OFFSET,
     )
@@ -102,14 +71,12 @@ def fashion_mnist_cpu() -> Experiment:
 
 def cifar10_cpu() -> Experiment:
     """CIFAR-10: minutes on two CPU cores, with NAdam in place of the published SGD."""
-    return Experiment(
-        system="aol",
-        preset="cifar10-cpu",
-        summary="CIFAR-10; minutes on 2 CPU cores",
-        model=dict(PRESETS["cifar10-cpu"]),
-        data=DataSpec(name="parquet"),
-        augment=AugmentSpec(flip=True, crop=2),
-        train=TrainSpec(epochs=10, batch_size=256, precision="auto"),
+    return laptop_run(
+        "aol",
+        "cifar10-cpu",
+        PRESETS["cifar10-cpu"],
+        "CIFAR-10; minutes on 2 CPU cores",
+        epochs=10,
         optim=OptimSpec(euclidean_lr=1e-3),
         loss=OFFSET,
     )

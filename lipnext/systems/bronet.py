@@ -11,6 +11,7 @@ from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.bound import Estimate
 from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import AugmentSpec, DataSpec, Experiment, LossSpec, OptimSpec, TrainSpec
+from lipnext.core.laptop import laptop_run
 from lipnext.core.module import LipschitzModule
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import System
@@ -121,13 +122,12 @@ def published(network: nn.Module) -> Estimate:
 
 def tiny() -> Experiment:
     """Two reflectors of 16 channels on the digits: seconds on a CPU. It shows that everything works, no accuracy."""
-    return Experiment(
-        system="bronet",
-        preset="tiny",
-        summary="2 convolutions of width 16 on the digits; seconds on a CPU",
-        model=dict(PRESETS["tiny"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=3, batch_size=64),
+    return laptop_run(
+        "bronet",
+        "tiny",
+        PRESETS["tiny"],
+        "2 convolutions of width 16 on the digits; seconds on a CPU",
+        epochs=3,
         optim=OptimSpec(euclidean_lr=1e-2),
         loss=ANNEALED,
     )
@@ -135,13 +135,12 @@ def tiny() -> Experiment:
 
 def digits() -> Experiment:
     """Scikit-learn's digits, 8x8: under a minute on two CPU cores."""
-    return Experiment(
-        system="bronet",
-        preset="digits",
-        summary="scikit-learn's digits; under a minute on 2 CPU cores",
-        model=dict(PRESETS["digits"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=30, batch_size=64),
+    return laptop_run(
+        "bronet",
+        "digits",
+        PRESETS["digits"],
+        "scikit-learn's digits; under a minute on 2 CPU cores",
+        epochs=30,
         optim=OptimSpec(euclidean_lr=3e-3),
         loss=ANNEALED,
     )
@@ -149,14 +148,12 @@ def digits() -> Experiment:
 
 def fashion_mnist_cpu() -> Experiment:
     """Fashion-MNIST (IDX files): minutes on two CPU cores."""
-    return Experiment(
-        system="bronet",
-        preset="fashion-mnist-cpu",
-        summary="Fashion-MNIST; minutes on 2 CPU cores",
-        model=dict(PRESETS["fashion-mnist-cpu"]),
-        data=DataSpec(name="idx"),
-        augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=10, batch_size=256, precision="auto"),
+    return laptop_run(
+        "bronet",
+        "fashion-mnist-cpu",
+        PRESETS["fashion-mnist-cpu"],
+        "Fashion-MNIST; minutes on 2 CPU cores",
+        epochs=10,
         optim=OptimSpec(euclidean_lr=1e-2, clip=3.0),
         loss=ANNEALED,
     )
@@ -164,14 +161,12 @@ def fashion_mnist_cpu() -> Experiment:
 
 def cifar10_cpu() -> Experiment:
     """CIFAR-10: minutes on two CPU cores."""
-    return Experiment(
-        system="bronet",
-        preset="cifar10-cpu",
-        summary="CIFAR-10; minutes on 2 CPU cores",
-        model=dict(PRESETS["cifar10-cpu"]),
-        data=DataSpec(name="parquet"),
-        augment=AugmentSpec(flip=True, crop=2),
-        train=TrainSpec(epochs=10, batch_size=256, precision="auto"),
+    return laptop_run(
+        "bronet",
+        "cifar10-cpu",
+        PRESETS["cifar10-cpu"],
+        "CIFAR-10; minutes on 2 CPU cores",
+        epochs=10,
         optim=OptimSpec(euclidean_lr=1e-2, clip=3.0),
         loss=ANNEALED,
     )

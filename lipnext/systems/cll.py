@@ -14,6 +14,7 @@ from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.bound import Estimate
 from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import AugmentSpec, DataSpec, Experiment, LossSpec, OptimSpec, TrainSpec
+from lipnext.core.laptop import laptop_run
 from lipnext.core.module import LipschitzModule
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import System
@@ -93,13 +94,12 @@ def published(network: LipschitzNetwork) -> Estimate:
 
 def tiny() -> Experiment:
     """A dense network on the digits: seconds on a CPU. It shows that everything works, no accuracy."""
-    return Experiment(
-        system="cll",
-        preset="tiny",
-        summary="a small dense network on the digits; seconds on a CPU",
-        model=dict(PRESETS["tiny"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=3, batch_size=64),
+    return laptop_run(
+        "cll",
+        "tiny",
+        PRESETS["tiny"],
+        "a small dense network on the digits; seconds on a CPU",
+        epochs=3,
         optim=OptimSpec(euclidean_lr=5e-3),
         loss=_loss("0.3", slack=0.3, penalty=1e-4),
     )
@@ -138,14 +138,12 @@ def digits() -> Experiment:
 
 def fashion_mnist_cpu() -> Experiment:
     """Fashion-MNIST (IDX files), 4C3F: some minutes on two CPU cores."""
-    return Experiment(
-        system="cll",
-        preset="fashion-mnist-cpu",
-        summary="Fashion-MNIST, 4C3F; some minutes on 2 CPU cores",
-        model=dict(PRESETS["4c3f"]),
-        data=DataSpec(name="idx"),
-        augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=8, batch_size=256, precision="auto"),
+    return laptop_run(
+        "cll",
+        "fashion-mnist-cpu",
+        PRESETS["4c3f"],
+        "Fashion-MNIST, 4C3F; some minutes on 2 CPU cores",
+        epochs=8,
         optim=OptimSpec(euclidean_lr=2e-3),
         loss=_loss("0.3", slack=0.1, penalty=1e-5),
     )
@@ -153,14 +151,12 @@ def fashion_mnist_cpu() -> Experiment:
 
 def cifar10_cpu() -> Experiment:
     """CIFAR-10, 4C3F: some minutes on two CPU cores."""
-    return Experiment(
-        system="cll",
-        preset="cifar10-cpu",
-        summary="CIFAR-10, 4C3F; some minutes on 2 CPU cores",
-        model=dict(PRESETS["4c3f"]),
-        data=DataSpec(name="parquet"),
-        augment=AugmentSpec(flip=True, crop=2),
-        train=TrainSpec(epochs=8, batch_size=256, precision="auto"),
+    return laptop_run(
+        "cll",
+        "cifar10-cpu",
+        PRESETS["4c3f"],
+        "CIFAR-10, 4C3F; some minutes on 2 CPU cores",
+        epochs=8,
         optim=OptimSpec(euclidean_lr=2e-3),
         loss=_loss("0.15", slack=0.3, penalty=1e-4),
     )

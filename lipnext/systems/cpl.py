@@ -10,7 +10,7 @@ from torch import nn
 from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.bound import Estimate
 from lipnext.core.experiment import AugmentSpec, DataSpec, Experiment, LossSpec, OptimSpec, TrainSpec
-from lipnext.core.network import LipschitzNetwork
+from lipnext.core.laptop import laptop_run
 from lipnext.core.system import System
 from lipnext.nn.convex_potential import ConvexPotential
 from lipnext.nn.residual_network import residual_network
@@ -19,65 +19,22 @@ MARGIN = 0.7
 """Of the published hinge loss."""
 
 
-def build(
-    *,
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: int = 45,
-    depth: int = 20,
-    dense_depth: int = 7,
-    inner: int = 5,
-    dense_inner: int = 2048,
-    patch: int = 1,
-    unit_rows: bool = True,
-    seed: int = 0,
-) -> LipschitzNetwork:
-    """Build the published network: convolutional layers, sums of 4 x 4 pixels, dense layers, head.
-
-    Args:
-        input_shape: `(c, H, W)` of the images.
-        classes: number of classes K.
-        width: channels, the missing ones zero; at least `c * patch^2`.
-        depth: convolutional layers.
-        dense_depth: dense layers, on `width * (H / 4) * (W / 4)` features.
-        inner: channels inside a convolutional layer.
-        dense_inner: features inside a dense layer.
-        patch: side of the patches that become channels first, 1 (as published), 2 or 4.
-        unit_rows: learn a head with rows of unit length; False takes the first K features for logits, the published default.
-        seed: of the initial weights.
-
-    Raises:
-        ConfigError: if a value is out of range.
-    """
-    return residual_network(
-        ConvexPotential,
-        input_shape,
-        classes,
-        width=width,
-        depth=depth,
-        dense_depth=dense_depth,
-        inner=inner,
-        dense_inner=dense_inner,
-        patch=patch,
-        unit_rows=unit_rows,
-        seed=seed,
-    )
+build = residual_network(ConvexPotential)
 
 
-def published_estimate(network: nn.Module) -> Estimate:
+def published(network: nn.Module) -> Estimate:
     """1, as the published code takes for granted with steps from a power iteration."""
     return Estimate(value=1.0, method="1-Lipschitz layers, with norms from 100 power iterations")
 
 
 def tiny() -> Experiment:
     """Two convolutional layers and a dense one on the digits: seconds on a CPU. It shows that everything works, no accuracy."""
-    return Experiment(
-        system="cpl",
-        preset="tiny",
-        summary="3 layers on the digits; seconds on a CPU",
-        model=dict(PRESETS["tiny"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=3, batch_size=64),
+    return laptop_run(
+        "cpl",
+        "tiny",
+        PRESETS["tiny"],
+        "3 layers on the digits; seconds on a CPU",
+        epochs=3,
         optim=OptimSpec(euclidean="adam", euclidean_lr=1e-2),
         loss=LossSpec(name="hinge", offset=MARGIN),
     )
@@ -85,13 +42,12 @@ def tiny() -> Experiment:
 
 def digits() -> Experiment:
     """Scikit-learn's digits, 8x8: under a minute on two CPU cores."""
-    return Experiment(
-        system="cpl",
-        preset="digits",
-        summary="scikit-learn's digits; under a minute on 2 CPU cores",
-        model=dict(PRESETS["digits"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=40, batch_size=64),
+    return laptop_run(
+        "cpl",
+        "digits",
+        PRESETS["digits"],
+        "scikit-learn's digits; under a minute on 2 CPU cores",
+        epochs=40,
         optim=OptimSpec(euclidean="adam", euclidean_lr=1e-2),
         loss=LossSpec(name="hinge", offset=MARGIN),
     )
@@ -99,14 +55,12 @@ def digits() -> Experiment:
 
 def fashion_mnist_cpu() -> Experiment:
     """Fashion-MNIST (IDX files): about 5 minutes on two CPU cores."""
-    return Experiment(
-        system="cpl",
-        preset="fashion-mnist-cpu",
-        summary="Fashion-MNIST; about 5 minutes on 2 CPU cores",
-        model=dict(PRESETS["fashion-mnist-cpu"]),
-        data=DataSpec(name="idx"),
-        augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=10, batch_size=256, precision="auto"),
+    return laptop_run(
+        "cpl",
+        "fashion-mnist-cpu",
+        PRESETS["fashion-mnist-cpu"],
+        "Fashion-MNIST; about 5 minutes on 2 CPU cores",
+        epochs=10,
         optim=OptimSpec(euclidean="adam", euclidean_lr=3e-3),
         loss=LossSpec(name="hinge", offset=MARGIN),
     )
@@ -114,14 +68,12 @@ def fashion_mnist_cpu() -> Experiment:
 
 def cifar10_cpu() -> Experiment:
     """CIFAR-10: about 5 minutes on two CPU cores."""
-    return Experiment(
-        system="cpl",
-        preset="cifar10-cpu",
-        summary="CIFAR-10; about 5 minutes on 2 CPU cores",
-        model=dict(PRESETS["cifar10-cpu"]),
-        data=DataSpec(name="parquet"),
-        augment=AugmentSpec(flip=True, crop=2),
-        train=TrainSpec(epochs=8, batch_size=256, precision="auto"),
+    return laptop_run(
+        "cpl",
+        "cifar10-cpu",
+        PRESETS["cifar10-cpu"],
+        "CIFAR-10; about 5 minutes on 2 CPU cores",
+        epochs=8,
         optim=OptimSpec(euclidean="adam", euclidean_lr=3e-3),
         loss=LossSpec(name="hinge", offset=MARGIN),
     )
@@ -206,7 +158,7 @@ SYSTEM = System(
     norm=2.0,
     build=build,
     certify=MarginCertifier,
-    published=published_estimate,
+    published=published,
     presets=PRESETS,
     experiments=EXPERIMENTS,
 )

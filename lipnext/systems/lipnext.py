@@ -18,6 +18,7 @@ from lipnext.core.experiment import (
     OptimSpec,
     TrainSpec,
 )
+from lipnext.core.laptop import laptop_run
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import System
 from lipnext.nn.block import ShiftBlock
@@ -85,13 +86,12 @@ def build(
 
 def tiny() -> Experiment:
     """A network of two blocks of 16 channels on the digits: seconds on a CPU. It shows that everything works, no accuracy."""
-    return Experiment(
-        system="lipnext",
-        preset="tiny",
-        summary="2 blocks of width 16 on the digits; seconds on a CPU",
-        model=dict(PRESETS["tiny"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=3, batch_size=64),
+    return laptop_run(
+        "lipnext",
+        "tiny",
+        PRESETS["tiny"],
+        "2 blocks of width 16 on the digits; seconds on a CPU",
+        epochs=3,
         optim=OptimSpec(lr=0.05),
         loss=LossSpec(temperature=0.25, ramp_to=1.0),
     )
@@ -99,13 +99,12 @@ def tiny() -> Experiment:
 
 def digits() -> Experiment:
     """Scikit-learn's digits, 8x8: under a minute on two CPU cores. Measured: benchmarks/results/digits.json."""
-    return Experiment(
-        system="lipnext",
-        preset="digits",
-        summary="scikit-learn's digits; under a minute on 2 CPU cores",
-        model=dict(PRESETS["digits"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=60, batch_size=64),
+    return laptop_run(
+        "lipnext",
+        "digits",
+        PRESETS["digits"],
+        "scikit-learn's digits; under a minute on 2 CPU cores",
+        epochs=60,
         optim=OptimSpec(lr=0.02, euclidean_lr=1e-2),
         loss=LossSpec(temperature=0.25, ramp_to=3.0),
     )
@@ -113,14 +112,12 @@ def digits() -> Experiment:
 
 def fashion_mnist_cpu() -> Experiment:
     """Fashion-MNIST (IDX files): five minutes on two CPU cores. Measured: benchmarks/results/fashion-mnist-cpu.json."""
-    return Experiment(
-        system="lipnext",
-        preset="fashion-mnist-cpu",
-        summary="Fashion-MNIST; five minutes on 2 CPU cores",
-        model=dict(PRESETS["fashion-mnist-cpu"]),
-        data=DataSpec(name="idx"),
-        augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=16, batch_size=256, precision="auto"),
+    return laptop_run(
+        "lipnext",
+        "fashion-mnist-cpu",
+        PRESETS["fashion-mnist-cpu"],
+        "Fashion-MNIST; five minutes on 2 CPU cores",
+        epochs=16,
         optim=OptimSpec(lr=0.012, euclidean_lr=3e-3),
         loss=LossSpec(temperature=0.3, ramp_to=3.0),
     )
@@ -128,14 +125,12 @@ def fashion_mnist_cpu() -> Experiment:
 
 def cifar10_cpu() -> Experiment:
     """CIFAR-10, leaning to clean accuracy: under 20 minutes on two CPU cores. Measured: benchmarks/results/cifar10-cpu.json."""
-    return Experiment(
-        system="lipnext",
-        preset="cifar10-cpu",
-        summary="CIFAR-10, small radii; under 20 minutes on 2 CPU cores",
-        model=dict(PRESETS["cifar10-cpu"]),
-        data=DataSpec(name="parquet"),
-        augment=AugmentSpec(flip=True, crop=2),
-        train=TrainSpec(epochs=18, batch_size=256, precision="auto"),
+    return laptop_run(
+        "lipnext",
+        "cifar10-cpu",
+        PRESETS["cifar10-cpu"],
+        "CIFAR-10, small radii; under 20 minutes on 2 CPU cores",
+        epochs=18,
         optim=OptimSpec(lr=0.012, euclidean_lr=3e-3),
         loss=LossSpec(temperature=0.25, ramp_to=2.0),
     )

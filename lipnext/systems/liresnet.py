@@ -14,6 +14,7 @@ from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.bound import Estimate
 from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import AugmentSpec, DataSpec, Experiment, LossSpec, OptimSpec, TrainSpec
+from lipnext.core.laptop import laptop_run
 from lipnext.core.module import LipschitzModule
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import System
@@ -128,13 +129,12 @@ def published(net: nn.Module) -> Estimate:
 
 def tiny() -> Experiment:
     """Two blocks of 8 channels on the digits: seconds on a CPU. It shows that everything works, no accuracy."""
-    return Experiment(
-        system="liresnet",
-        preset="tiny",
-        summary="2 blocks of width 8 on the digits; seconds on a CPU",
-        model=dict(PRESETS["tiny"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=3, batch_size=64),
+    return laptop_run(
+        "liresnet",
+        "tiny",
+        PRESETS["tiny"],
+        "2 blocks of width 8 on the digits; seconds on a CPU",
+        epochs=3,
         optim=OptimSpec(euclidean_lr=1e-2),
         loss=LossSpec(ramp_to=1.0),
     )
@@ -142,13 +142,12 @@ def tiny() -> Experiment:
 
 def digits() -> Experiment:
     """Scikit-learn's digits, 8x8: under a minute on two CPU cores."""
-    return Experiment(
-        system="liresnet",
-        preset="digits",
-        summary="scikit-learn's digits; under a minute on 2 CPU cores",
-        model=dict(PRESETS["digits"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=60, batch_size=64),
+    return laptop_run(
+        "liresnet",
+        "digits",
+        PRESETS["digits"],
+        "scikit-learn's digits; under a minute on 2 CPU cores",
+        epochs=60,
         optim=OptimSpec(euclidean_lr=3e-3, clip=3.0),
         loss=LossSpec(ramp_to=3.0),
     )
@@ -156,14 +155,12 @@ def digits() -> Experiment:
 
 def fashion_mnist_cpu() -> Experiment:
     """Fashion-MNIST (IDX files): minutes on two CPU cores. Without Lookahead, which slows down the first epochs."""
-    return Experiment(
-        system="liresnet",
-        preset="fashion-mnist-cpu",
-        summary="Fashion-MNIST; minutes on 2 CPU cores",
-        model=dict(PRESETS["fashion-mnist-cpu"]),
-        data=DataSpec(name="idx"),
-        augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=10, batch_size=256, precision="auto"),
+    return laptop_run(
+        "liresnet",
+        "fashion-mnist-cpu",
+        PRESETS["fashion-mnist-cpu"],
+        "Fashion-MNIST; minutes on 2 CPU cores",
+        epochs=10,
         optim=OptimSpec(euclidean_lr=CPU_RATE, clip=3.0),
         loss=LossSpec(ramp_to=2.0),
     )

@@ -18,6 +18,7 @@ from lipnext.certificates.local import LocalCertifier
 from lipnext.core.bound import Estimate
 from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import AugmentSpec, DataSpec, Experiment, LossSpec, OptimSpec, TrainSpec
+from lipnext.core.laptop import laptop_run
 from lipnext.core.local import stages
 from lipnext.core.module import LipschitzModule
 from lipnext.core.network import LipschitzNetwork
@@ -230,13 +231,12 @@ def published(network: nn.Module) -> Estimate:
 
 def tiny() -> Experiment:
     """A convolution of 4 channels and 16 units on the digits: seconds on a CPU. It shows that everything works, no accuracy."""
-    return Experiment(
-        system="local-lip",
-        preset="tiny",
-        summary="a convolution and a dense layer on the digits; seconds on a CPU",
-        model=dict(PRESETS["tiny"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=3, batch_size=64),
+    return laptop_run(
+        "local-lip",
+        "tiny",
+        PRESETS["tiny"],
+        "a convolution and a dense layer on the digits; seconds on a CPU",
+        epochs=3,
         optim=OptimSpec(euclidean="adam", euclidean_lr=5e-3),
         loss=LossSpec(name="local-lip-b", ramp_from=0.0, ramp_to=1.0),
     )
@@ -244,13 +244,12 @@ def tiny() -> Experiment:
 
 def digits() -> Experiment:
     """Scikit-learn's digits, 8x8: about a minute on two CPU cores."""
-    return Experiment(
-        system="local-lip",
-        preset="digits",
-        summary="scikit-learn's digits; about a minute on 2 CPU cores",
-        model=dict(PRESETS["digits"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=60, batch_size=64),
+    return laptop_run(
+        "local-lip",
+        "digits",
+        PRESETS["digits"],
+        "scikit-learn's digits; about a minute on 2 CPU cores",
+        epochs=60,
         optim=OptimSpec(euclidean="adam", euclidean_lr=5e-3),
         loss=LossSpec(name="local-lip-b", ramp_from=0.0, ramp_to=3.0),
     )
@@ -258,31 +257,29 @@ def digits() -> Experiment:
 
 def fashion_mnist_cpu() -> Experiment:
     """Fashion-MNIST (IDX files): about 5 minutes on two CPU cores."""
-    return Experiment(
-        system="local-lip",
-        preset="fashion-mnist-cpu",
-        summary="Fashion-MNIST; about 5 minutes on 2 CPU cores",
-        model=dict(PRESETS["fashion-mnist-cpu"]),
-        data=DataSpec(name="idx"),
-        augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=10, batch_size=256),
+    return laptop_run(
+        "local-lip",
+        "fashion-mnist-cpu",
+        PRESETS["fashion-mnist-cpu"],
+        "Fashion-MNIST; about 5 minutes on 2 CPU cores",
+        epochs=10,
         optim=OptimSpec(euclidean="adam", euclidean_lr=1e-2),
         loss=LossSpec(name="local-lip-b", ramp_from=0.0, ramp_to=1.1),
+        precision="float32",
     )
 
 
 def cifar10_cpu() -> Experiment:
     """CIFAR-10: about 5 minutes on two CPU cores."""
-    return Experiment(
-        system="local-lip",
-        preset="cifar10-cpu",
-        summary="CIFAR-10; about 5 minutes on 2 CPU cores",
-        model=dict(PRESETS["cifar10-cpu"]),
-        data=DataSpec(name="parquet"),
-        augment=AugmentSpec(flip=True, crop=2),
-        train=TrainSpec(epochs=8, batch_size=256),
+    return laptop_run(
+        "local-lip",
+        "cifar10-cpu",
+        PRESETS["cifar10-cpu"],
+        "CIFAR-10; about 5 minutes on 2 CPU cores",
+        epochs=8,
         optim=OptimSpec(euclidean="adam", euclidean_lr=5e-3),
         loss=LossSpec(name="local-lip-b", ramp_from=0.0, ramp_to=1.1),
+        precision="float32",
     )
 
 

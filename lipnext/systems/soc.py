@@ -19,6 +19,7 @@ from lipnext.core.bound import Estimate
 from lipnext.core.certificate import Semantics
 from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import AugmentSpec, DataSpec, Experiment, LossSpec, OptimSpec, TrainSpec
+from lipnext.core.laptop import laptop_run
 from lipnext.core.module import LipschitzModule
 from lipnext.core.network import Head, LipschitzNetwork, SoftplusHead
 from lipnext.core.system import Certifier, System
@@ -198,13 +199,12 @@ CURVED = LossSpec(name="curvature", temperature=0.25, penalty=0.01)
 
 def tiny() -> Experiment:
     """Two layers from 16 channels on the digits: seconds on a CPU. It shows that everything works, no accuracy."""
-    return Experiment(
-        system="soc",
-        preset="tiny",
-        summary="2 layers from width 16 on the digits; seconds on a CPU",
-        model=dict(PRESETS["tiny"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=3, batch_size=64),
+    return laptop_run(
+        "soc",
+        "tiny",
+        PRESETS["tiny"],
+        "2 layers from width 16 on the digits; seconds on a CPU",
+        epochs=3,
         optim=OptimSpec(euclidean_lr=1e-2),
         loss=CLEAN,
     )
@@ -212,13 +212,12 @@ def tiny() -> Experiment:
 
 def digits() -> Experiment:
     """Scikit-learn's digits, 8x8: under a minute on two CPU cores."""
-    return Experiment(
-        system="soc",
-        preset="digits",
-        summary="scikit-learn's digits; under a minute on 2 CPU cores",
-        model=dict(PRESETS["digits"]),
-        data=DataSpec(name="digits"),
-        train=TrainSpec(epochs=30, batch_size=64),
+    return laptop_run(
+        "soc",
+        "digits",
+        PRESETS["digits"],
+        "scikit-learn's digits; under a minute on 2 CPU cores",
+        epochs=30,
         optim=OptimSpec(euclidean_lr=3e-3),
         loss=CLEAN,
     )
@@ -231,14 +230,12 @@ def digits_crc() -> Experiment:
 
 def fashion_mnist_cpu() -> Experiment:
     """Fashion-MNIST (IDX files): minutes on two CPU cores, with NAdam in place of the published SGD."""
-    return Experiment(
-        system="soc",
-        preset="fashion-mnist-cpu",
-        summary="Fashion-MNIST; minutes on 2 CPU cores",
-        model=dict(PRESETS["fashion-mnist-cpu"]),
-        data=DataSpec(name="idx"),
-        augment=AugmentSpec(flip=True),
-        train=TrainSpec(epochs=8, batch_size=256, precision="auto"),
+    return laptop_run(
+        "soc",
+        "fashion-mnist-cpu",
+        PRESETS["fashion-mnist-cpu"],
+        "Fashion-MNIST; minutes on 2 CPU cores",
+        epochs=8,
         optim=OptimSpec(euclidean_lr=1e-2),
         loss=CLEAN,
     )
@@ -251,14 +248,12 @@ def fashion_mnist_cpu_crc() -> Experiment:
 
 def cifar10_cpu() -> Experiment:
     """CIFAR-10: minutes on two CPU cores, with NAdam in place of the published SGD."""
-    return Experiment(
-        system="soc",
-        preset="cifar10-cpu",
-        summary="CIFAR-10; minutes on 2 CPU cores",
-        model=dict(PRESETS["cifar10-cpu"]),
-        data=DataSpec(name="parquet"),
-        augment=AugmentSpec(flip=True, crop=2),
-        train=TrainSpec(epochs=8, batch_size=256, precision="auto"),
+    return laptop_run(
+        "soc",
+        "cifar10-cpu",
+        PRESETS["cifar10-cpu"],
+        "CIFAR-10; minutes on 2 CPU cores",
+        epochs=8,
         optim=OptimSpec(euclidean_lr=1e-2),
         loss=CLEAN,
     )

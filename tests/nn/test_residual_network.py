@@ -18,7 +18,7 @@ def build(
     shape: tuple[int, int, int] = (1, 8, 8), classes: int = 4, **changes: int | bool
 ) -> LipschitzNetwork:
     options = {**SIZE, "unit_rows": True, "seed": 0, **changes}
-    return residual_network(ConvexPotential, shape, classes, **options)  # type: ignore[arg-type]
+    return residual_network(ConvexPotential)(input_shape=shape, classes=classes, **options)  # type: ignore[arg-type]
 
 
 def slow(network: LipschitzNetwork, images: Tensor, window: int) -> Tensor:
