@@ -43,7 +43,7 @@ from lipnext.certificates.margin import ARITHMETIC, _down, _up, _whole_blocks, f
 from lipnext.core.bound import PROOFS, LipschitzBound
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
-from lipnext.core.guard import check_images, fast_convolution
+from lipnext.core.guard import check_images, refuse_fast_convolution
 from lipnext.core.implicit import ImplicitModule, implicit_parts
 from lipnext.core.local import AffineModule, ReshapeModule
 from lipnext.core.network import LinearHead, LipschitzNetwork
@@ -114,9 +114,8 @@ def _read(network: LipschitzNetwork) -> _Stored:
     """
     before, affine, implicit = implicit_parts(network)
     weight, a = affine.weight.detach().double(), implicit.matrix().detach().double()
-    problem = fast_convolution(a.device, torch.float64) if a.dim() == 4 else None
-    if problem is not None:
-        raise UnsoundError(problem)
+    if a.dim() == 4:
+        refuse_fast_convolution(a.device, torch.float64)
     ones = torch.ones(1, *network.input_shape, dtype=torch.float64, device=a.device)
     for layer in before:
         ones = layer(ones)
@@ -276,9 +275,8 @@ class ImplicitCertifier:
             return self.reach * (distance * _UP) * _UP
         dtype = ARITHMETIC[arithmetic]
         unit = UNIT_ROUNDOFF[dtype]
-        problem = fast_convolution(stored.matrix.device, dtype) if stored.matrix.dim() == 4 else None
-        if problem is not None:
-            raise UnsoundError(problem)
+        if stored.matrix.dim() == 4:
+            refuse_fast_convolution(stored.matrix.device, dtype)
         # The program solves the equation for the v that it has computed.
         wrong = float(stored.injection_error(largest, unit).max())
         injected = (injected + wrong) * _UP

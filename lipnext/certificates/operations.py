@@ -43,7 +43,7 @@ from lipnext.bounds.pooling import (
 from lipnext.bounds.spectral import absolute_norm_bound, near_orthogonal_bound, spectral_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import UnsoundError
-from lipnext.core.guard import fast_convolution
+from lipnext.core.guard import fast_convolution, refuse_fast_convolution
 from lipnext.core.rounding import add_up, div_down, fraction_up, gamma, mul_up, sqrt_up, sum_up
 
 Shape = tuple[int, ...]
@@ -390,9 +390,7 @@ def convolution(
     """`torch.nn.Conv2d` on images of `input_size`, before padding."""
     if padding_mode not in ("zeros", "circular"):
         raise UnsoundError(f"padding_mode '{padding_mode}' has no proved bound; use 'zeros' or 'circular'")
-    problem = fast_convolution(weight.device, torch.float64)
-    if problem is not None:
-        raise UnsoundError(problem)
+    refuse_fast_convolution(weight.device, torch.float64)
     w, shift = weight.double(), None if bias is None else bias.double()
     settings = {
         "stride": stride,

@@ -211,3 +211,14 @@ def fast_convolution(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float32 and not has_onednn:
         return "without oneDNN, torch may convolve by Winograd in float32; use float64"
     return None
+
+
+def refuse_fast_convolution(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse to bound the rounding of a convolution that may be computed so.
+
+    Raises:
+        UnsoundError: with what `fast_convolution` says.
+    """
+    problem = fast_convolution(device, dtype)
+    if problem is not None:
+        raise UnsoundError(problem)

@@ -19,6 +19,7 @@ from lipnext.core.module import LipschitzModule
 from lipnext.core.propagation import after_affine, after_product, norm_up
 from lipnext.core.rounding import RoundingState
 from lipnext.nn.activation import MaxMin
+from lipnext.nn.dense import check_flat
 from lipnext.nn.reshape import Unshuffle
 
 RIDGE = 1e-3
@@ -102,6 +103,7 @@ class OrthogonalDense(_Orthogonalised):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
+        check_flat(x)
         return functional.linear(x, self.matrix(), self.bias)
 
     def lipschitz_bound(self) -> LipschitzBound:
@@ -179,6 +181,7 @@ class OrthogonalTrunk(_Orthogonalised):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers."""
+        check_flat(x)
         for weight, bias in zip(self.matrix(), self.bias, strict=True):
             x = self.activation(functional.linear(x, weight, bias))
         return x

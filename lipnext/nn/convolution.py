@@ -10,8 +10,7 @@ from torch.nn import functional
 from lipnext.bounds.convolution import absolute_convolution_bound
 from lipnext.bounds.factor import small_convolution_bound
 from lipnext.core.bound import LipschitzBound
-from lipnext.core.errors import UnsoundError
-from lipnext.core.guard import fast_convolution
+from lipnext.core.guard import refuse_fast_convolution
 from lipnext.core.local import AffineModule
 from lipnext.core.propagation import after_affine, norm_up
 from lipnext.core.rounding import RoundingState
@@ -69,6 +68,7 @@ class Convolution(AffineModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the layer."""
+        check_size(images, self.input_size)
         return functional.conv2d(images, self.weight, self.bias, stride=self.stride, padding=self.padding)
 
     @property
@@ -104,23 +104,50 @@ class Convolution(AffineModule):
         return small_convolution_bound(self.weight, self.input_size, stride=self.stride, padding=self.padding)
 
     def rounding(self, state: RoundingState) -> RoundingState:
-        """Sums of `c_in k^2` products, and the bias, which repeats at every position.
-
-        Raises:
-            UnsoundError: where torch may not compute them as sums of products.
-        """
-        problem = fast_convolution(self.weight.device, state.dtype)
-        if problem is not None:
-            raise UnsoundError(problem)
-        bound = self.lipschitz_bound().value
-        absolute = absolute_convolution_bound(
-            self.weight, self.input_size, stride=self.stride, padding=self.padding
+        """Return the state behind `after_convolution`."""
+        return after_convolution(
+            state,
+            self.weight,
+            self.bias,
+            self.lipschitz_bound().value,
+            self.input_size,
+            self.output_size,
+            stride=self.stride,
+            padding=self.padding,
         )
-        shift = 0.0 if self.bias is None else norm_up(self.bias, copies=math.prod(self.output_size))
-        return after_affine(state, math.prod(self.weight.shape[1:]), bound, absolute, shift)
 
     def materialise(self) -> Self:
         """Return a copy whose image of the power iteration is not saved with it."""
         layer = super().materialise()
         layer.register_buffer("image", layer.image, persistent=False)
         return layer
+
+
+def check_size(images: Tensor, input_size: tuple[int, int]) -> None:
+    """Refuse images `(B, c, H, W)` of another size than the one whose norm is proved: a larger one may have a larger norm."""
+    if tuple(images.shape[2:]) != tuple(input_size):
+        raise ValueError(
+            f"`images` must have the sides {tuple(input_size)} for which the norm is proved, got {tuple(images.shape)}."
+        )
+
+
+def after_convolution(
+    state: RoundingState,
+    kernel: Tensor,
+    bias: Tensor | None,
+    bound: float,
+    input_size: tuple[int, int],
+    output_size: tuple[int, int],
+    *,
+    stride: int = 1,
+    padding: int = 0,
+) -> RoundingState:
+    """Sums of `c_in k^2` products, and the bias, which repeats at every position; `bound` is that of the convolution.
+
+    Raises:
+        UnsoundError: where torch may not compute them as sums of products.
+    """
+    refuse_fast_convolution(kernel.device, state.dtype)
+    absolute = absolute_convolution_bound(kernel, input_size, stride=stride, padding=padding)
+    shift = 0.0 if bias is None else norm_up(bias, copies=math.prod(output_size))
+    return after_affine(state, math.prod(kernel.shape[1:]), bound, absolute, shift)

@@ -48,8 +48,7 @@ class Dense(AffineModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        if x.dim() != 2:  # the rounding of the bias is counted once, not once a position
-            raise ValueError(f"`x` must have the shape (B, n), got {tuple(x.shape)}; flatten it first.")
+        check_flat(x)
         return functional.linear(x, self.weight, self.bias)
 
     @property
@@ -86,3 +85,9 @@ class Dense(AffineModule):
         layer = super().materialise()
         layer.register_buffer("vector", layer.vector, persistent=False)
         return layer
+
+
+def check_flat(x: Tensor) -> None:
+    """Refuse anything but features `(B, n)`: the rounding of a dense layer's bias is counted once, not once a position."""
+    if x.dim() != 2:
+        raise ValueError(f"`x` must have the shape (B, n), got {tuple(x.shape)}; flatten it first.")

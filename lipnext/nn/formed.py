@@ -1,6 +1,5 @@
 """A convolution whose kernel is formed from a parameter at every step, and stored once for inference."""
 
-import math
 from abc import abstractmethod
 from typing import Self
 
@@ -8,14 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipnext.bounds.convolution import absolute_convolution_bound
 from lipnext.bounds.factor import small_convolution_bound
 from lipnext.core.bound import LipschitzBound
-from lipnext.core.errors import UnsoundError
-from lipnext.core.guard import fast_convolution
 from lipnext.core.module import LipschitzModule
-from lipnext.core.propagation import after_affine, norm_up
 from lipnext.core.rounding import RoundingState
+from lipnext.nn.convolution import after_convolution, check_size
 
 
 class FormedConvolution(LipschitzModule):
@@ -50,6 +46,7 @@ class FormedConvolution(LipschitzModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the layer."""
+        check_size(images, self.input_size)
         return functional.conv2d(images, self.kernel(), self.bias, padding=self.padding)
 
     def lipschitz_bound(self) -> LipschitzBound:
@@ -57,18 +54,9 @@ class FormedConvolution(LipschitzModule):
         return small_convolution_bound(self.kernel(), self.input_size, padding=self.padding)
 
     def rounding(self, state: RoundingState) -> RoundingState:
-        """Sums of `c_in k^2` products, and the bias, which repeats at every position.
-
-        Raises:
-            UnsoundError: where torch may not compute them as sums of products.
-        """
-        problem = fast_convolution(self.weight.device, state.dtype)
-        if problem is not None:
-            raise UnsoundError(problem)
-        kernel = self.kernel()
-        absolute = absolute_convolution_bound(kernel, self.input_size, padding=self.padding)
-        shift = norm_up(self.bias, copies=math.prod(self.input_size))
-        return after_affine(state, math.prod(kernel.shape[1:]), self.lipschitz_bound().value, absolute, shift)
+        """As for any convolution with the kernel that is used."""
+        size, bound = self.input_size, self.lipschitz_bound().value
+        return after_convolution(state, self.kernel(), self.bias, bound, size, size, padding=self.padding)
 
     def materialise(self) -> Self:
         """Return a copy that stores the kernel."""

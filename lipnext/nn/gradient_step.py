@@ -17,6 +17,7 @@ from lipnext.bounds.convolution import absolute_convolution_bound
 from lipnext.bounds.spectral import absolute_norm_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import UnsoundError
+from lipnext.core.guard import refuse_fast_convolution
 from lipnext.core.module import LipschitzModule
 from lipnext.core.propagation import after_affine, after_product, norm_up
 from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up, sqrt_up
@@ -82,8 +83,13 @@ class GradientStep(LipschitzModule):
 
         A relative error of a number in `W x + b` is that of the same number times a root of S, so that both products are
         followed as products with V.
+
+        Raises:
+            UnsoundError: where torch may not compute convolutions as sums of products.
         """
         inner, unit = self.inner, state.unit
+        if isinstance(inner, Convolution):
+            refuse_fast_convolution(inner.weight.device, state.dtype)
         scale, bound = self._checked_scale(), self.lipschitz_bound().value
         weight, bias = inner.weight.detach().double(), _bias(inner).detach().double()
         root = scale.sqrt()

@@ -13,7 +13,7 @@ from torch.nn import functional
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
 from lipnext.core.rounding import RoundingState
-from lipnext.nn.convolution import Convolution
+from lipnext.nn.convolution import Convolution, check_size
 from lipnext.nn.power_iteration import estimate_convolution_norm
 
 STEPS = 10
@@ -75,6 +75,7 @@ class LinearResidual(LipschitzModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block; in training it follows the running mean."""
+        check_size(images, self.input_size)
         if self.weight is not None or not self.training:
             bias = self.bias if self.mean is None else self.bias - self.mean
             return functional.conv2d(images, self.kernel(), bias, padding=1)

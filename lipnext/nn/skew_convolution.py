@@ -11,10 +11,11 @@ from torch.nn import functional
 from lipnext.bounds.convolution import absolute_convolution_bound, convolution_bound
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.errors import UnsoundError
-from lipnext.core.guard import fast_convolution
+from lipnext.core.guard import refuse_fast_convolution
 from lipnext.core.module import LipschitzModule
 from lipnext.core.propagation import after_addition, after_product, norm_up
 from lipnext.core.rounding import RoundingState, add_up, fraction_up, mul_up
+from lipnext.nn.convolution import check_size
 from lipnext.nn.power_iteration import estimate_dense_norm
 
 TRAINING_TERMS, TERMS = 6, 15
@@ -91,6 +92,7 @@ class SkewConvolution(LipschitzModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the layer: Horner's scheme, one convolution for each power."""
+        check_size(images, self.input_size)
         kernel, spare = self.kernel(), self.channels_out - self.channels_in
         x = functional.pad(images, (0, 0, 0, 0, 0, spare)) if spare > 0 else images
         x = x.contiguous(memory_format=torch.channels_last)  # faster on CPUs and GPUs
@@ -130,9 +132,7 @@ class SkewConvolution(LipschitzModule):
         Raises:
             UnsoundError: where torch may not compute a convolution as sums of products.
         """
-        problem = fast_convolution(self.weight.device, state.dtype)
-        if problem is not None:
-            raise UnsoundError(problem)
+        refuse_fast_convolution(self.weight.device, state.dtype)
         kernel, norm, value = self.materialise().weight, self._norm(), self.lipschitz_bound().value
         absolute = absolute_convolution_bound(kernel, self.input_size, padding=self.padding)
         terms = math.prod(kernel.shape[1:]) + 1

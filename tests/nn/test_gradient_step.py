@@ -223,3 +223,14 @@ def test_activations_that_may_overflow_are_refused(name: str) -> None:
     layer.rounding(RoundingState(norm=1.0, error=0.0, unit=U))
     with pytest.raises(UnsoundError, match="may overflow"):
         layer.rounding(RoundingState(norm=2.0**17, error=0.0, unit=U))
+
+
+@pytest.mark.parametrize("layer", [ConvexPotential, SdpResidual])
+def test_convolutions_that_may_not_be_sums_of_products_are_refused(
+    layer: type[GradientStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    single = RoundingState(norm=1.0, error=0.0, unit=UNIT_ROUNDOFF[torch.float32])
+    dense(layer, 0).materialise().rounding(single)
+    with pytest.raises(UnsoundError, match="without oneDNN, torch may convolve by Winograd"):
+        convolution(layer, 0).materialise().rounding(single)

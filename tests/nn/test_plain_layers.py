@@ -172,3 +172,10 @@ def test_a_plain_head_uses_its_rows_as_they_are() -> None:
     wanted = torch.cdist(head.weight, head.weight)
     torch.testing.assert_close(head.distances(), wanted, rtol=0, atol=1e-6)
     assert torch.equal(head.materialise().weight, head.weight)
+
+
+@pytest.mark.parametrize("sides", [(6, 4), (5, 5), (4, 5)])
+def test_a_convolution_refuses_images_whose_norm_was_not_proved(sides: tuple[int, int]) -> None:
+    layer = LAYERS["convolution"][0]
+    with pytest.raises(ValueError, match=r"must have the sides \(5, 4\) for which the norm is proved, got"):
+        layer(torch.zeros(1, 2, *sides))
