@@ -142,16 +142,14 @@ def certify(
     from lipnext import runs
     from lipnext.core.errors import ConfigError
     from lipnext.core.experiment import CertifySpec
-    from lipnext.core.files import atomic_write
+    from lipnext.core.files import atomic_write, check_output
     from lipnext.deployment.bundle import load_experiment
 
     wanted = parse_eps_list(eps) if eps is not None else None
     if (run is None) == (model is None):
         raise ConfigError("give either a run folder or --model file.py:factory")
-    if records is not None and not records.endswith((".jsonl", ".csv")):
-        raise ConfigError(f"--records must end in .jsonl or .csv, got '{records}'")
-    if images is not None and not images.endswith(".npy"):
-        raise ConfigError(f"--images must end in .npy, got '{images}'")
+    check_output("--records", records, ".jsonl", ".csv")
+    check_output("--images", images, ".npy")
     if semantics not in (None, "real", "deployed"):
         raise ConfigError(f"--semantics must be real or deployed, got '{semantics}'")
     if arithmetic is not None and semantics != "deployed":
@@ -159,9 +157,6 @@ def certify(
     offered = ["float64", "float32"] if model is None else ["float64", "float32", "float16"]
     if arithmetic not in (None, *offered):
         raise ConfigError(f"--arithmetic must be {' or '.join(offered)}, got '{arithmetic}'")
-    for option, path in (("--records", records), ("--images", images)):
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")
     meaning = cast("Semantics | None", semantics)
     if run is not None:
         folder = _locate(run)
@@ -255,14 +250,11 @@ def audit(
     """Certify a test part and try to refute it by attacks, slopes and recounts on a sample; exit 5 if refuted."""
     from lipnext import reports
     from lipnext.auditing.audit import write_reproducers
-    from lipnext.core.errors import ConfigError, ViolationError
-    from lipnext.core.files import atomic_write, write_json
+    from lipnext.core.errors import ViolationError
+    from lipnext.core.files import atomic_write, check_output, write_json
 
-    for option, path, ending in (("--out", out, ".json"), ("--html", html, ".html")):
-        if path is not None and not path.endswith(ending):
-            raise ConfigError(f"{option} must end in {ending}, got '{path}'")
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")
+    check_output("--out", out, ".json")
+    check_output("--html", html, ".html")
     if html is not None:
         reports.check_installed("jinja2", "matplotlib")
     _locate(run)  # says what RUN stands for
@@ -460,15 +452,12 @@ def compare(
     """Train or load several runs on the same data and certify them in one table, with paired intervals."""
     from lipnext.comparison import compare as compare_runs
     from lipnext.comparison import curves
-    from lipnext.core.errors import ConfigError, ViolationError
-    from lipnext.core.files import write_json
+    from lipnext.core.errors import ViolationError
+    from lipnext.core.files import check_output, write_json
     from lipnext.deployment import figures
 
-    for option, path, ends in (("--out", out, (".json",)), ("--figure", figure, (".png", ".svg"))):
-        if path is not None and not path.endswith(ends):
-            raise ConfigError(f"{option} must end in {' or '.join(ends)}, got '{path}'")
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")
+    check_output("--out", out, ".json")
+    check_output("--figure", figure, ".png", ".svg")
     if figure is not None:
         figures.check_installed("matplotlib")
     document = compare_runs(

@@ -20,6 +20,8 @@ from lipnext.core.bound import PROOFS, norm_label
 from lipnext.core.certificate import Certificate
 from lipnext.core.eps import parse_eps, parse_eps_list, round_down
 from lipnext.core.errors import CheckError, ConfigError, DataError
+from lipnext.core.files import check_output
+from lipnext.data.dataset import load as load_data
 from lipnext.deployment.bundle import load_experiment
 from lipnext.deployment.figures import (
     TICKS,
@@ -92,9 +94,10 @@ def audit(
     """
     required = parse_min_cra(min_cra)
     folder = locate(path)
-    found = runs.audit(folder, data, samples=samples, attacks=attacks, eps=eps)
-    certificate, test = runs.certify_run(folder, data, semantics="real", arithmetic="float64")
     experiment = load_experiment(folder)
+    test = load_data(runs.data_of(experiment, data)).test  # once for both
+    found = runs.audit(folder, samples=samples, attacks=attacks, eps=eps, test=test)
+    certificate, _ = runs.certify_run(folder, test=test, semantics="real", arithmetic="float64")
     right = certificate.label == test.labels
     gates = []
     for name, (at, least, text) in required.items():
@@ -172,18 +175,14 @@ def plot(sources: Sequence[str], out: str | Path, *, training: bool = False) -> 
     Raises:
         ConfigError, DataError: one line; norms or kinds that differ are refused.
     """
-    path = Path(out)
-    if path.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--out must end in .png or .svg, got '{out}'")
-    if not path.resolve().parent.is_dir():
-        raise ConfigError(f"--out: the folder {path.resolve().parent} does not exist")
+    check_output("--out", out, ".png", ".svg")
     check_installed("matplotlib")
     names = _names(sources)
     if training:
         figure = training_curves({name: _log(source) for name, source in names.items()})
     else:
         figure = certified_accuracy([_curve(name, source) for name, source in names.items()])
-    save(figure, path)
+    save(figure, Path(out))
 
 
 def _names(sources: Sequence[str]) -> dict[str, str]:

@@ -29,13 +29,16 @@ class NearestNeighbour:
         classes: how many.
 
     Raises:
-        DataError: if a class has no image.
+        DataError: if a class has no image, or the images are no bytes.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: int) -> None:
         self.members = [labels == k for k in range(classes)]
         if not all(bool(mask.any()) for mask in self.members):
             raise DataError("the nearest neighbour needs an image of each class in the training part")
+        if images.dtype != torch.uint8:
+            raise DataError(f"the nearest neighbour takes images of bytes, uint8, got {images.dtype}")
+        self.shape = images.shape[1:]
         # Products of bytes summed over the pixels of an image stay below 2^53: float64 is exact here.
         self.points = images.flatten(1).double()
         self.squares = self.points.square().sum(1)
@@ -47,7 +50,15 @@ class NearestNeighbour:
         Args:
             images: of the shape of the training images.
             progress: told how many images are done.
+
+        Raises:
+            DataError: for images of another type or shape: squared distances are exact for bytes alone.
         """
+        if images.dtype != torch.uint8 or images.shape[1:] != self.shape:
+            raise DataError(
+                f"images must be uint8 of shape (n, {', '.join(map(str, self.shape))}), got {images.dtype} of "
+                f"{tuple(images.shape)}"
+            )
         distance = self._distances(images, progress)
         best, label = distance.min(1)
         second = distance.scatter(1, label[:, None], math.inf).min(1).values

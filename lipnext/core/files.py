@@ -12,6 +12,8 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
+from lipnext.core.errors import ConfigError
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
@@ -95,3 +97,22 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps(header).encode() + b"\n")
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_output(option: str, path: str | os.PathLike[str] | None, *endings: str) -> None:
+    """Refuse, before any work is done, a file that could not be written at its end.
+
+    Args:
+        option: of the command line, "--out".
+        path: None where the option was not given.
+        endings: of which the name must have one.
+
+    Raises:
+        ConfigError: for another ending, or a folder that does not exist.
+    """
+    if path is None:
+        return
+    if not os.fspath(path).endswith(endings):
+        raise ConfigError(f"{option} must end in {' or '.join(endings)}, got '{os.fspath(path)}'")
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"{option}: the folder {Path(path).resolve().parent} does not exist")

@@ -17,6 +17,12 @@ SOFTPLUS_THRESHOLD = 40.0
 """Where torch's softplus becomes the identity: `log(1 + exp(-40))` is below the roundoff of 40, unlike at the default of 20."""
 
 
+def signed_radii(logits: Tensor, labels: Tensor, distances: Tensor) -> Tensor:
+    """`min_j (z_y - z_j) / distances_yj` for each sample, shape `(B,)`, negative where y is not predicted; not rounded down."""
+    ratio = (logits.gather(1, labels[:, None]) - logits) / distances[labels]
+    return ratio.scatter(1, labels[:, None], float("inf")).min(dim=1).values
+
+
 class Head(LipschitzModule):
     """A last layer from features `(B, C)` to logits `(B, K)`; once materialised, the parameters are what is applied.
 
@@ -35,9 +41,7 @@ class Head(LipschitzModule):
         distances = self.distances()
 
         def estimate(features: Tensor, labels: Tensor) -> Tensor:
-            logits = self(features)
-            ratio = (logits.gather(1, labels[:, None]) - logits) / distances[labels]
-            return ratio.scatter(1, labels[:, None], float("inf")).min(dim=1).values
+            return signed_radii(self(features), labels, distances)
 
         return estimate
 

@@ -26,7 +26,7 @@ from lipnext.core.experiment import (
     TrainSpec,
 )
 from lipnext.core.implicit import implicit_parts
-from lipnext.core.network import LipschitzNetwork
+from lipnext.core.network import LipschitzNetwork, signed_radii
 from lipnext.core.system import System
 from lipnext.nn.convolution import Convolution
 from lipnext.nn.dense import Dense
@@ -78,9 +78,7 @@ class NemonNetwork(LipschitzNetwork):
 
         @torch.no_grad()
         def estimate(images: Tensor, labels: Tensor) -> Tensor:
-            logits = frozen(images)
-            ratio = (logits.gather(1, labels[:, None]) - logits) / distances[labels]
-            return ratio.scatter(1, labels[:, None], float("inf")).min(dim=1).values
+            return signed_radii(frozen(images), labels, distances)
 
         return estimate
 

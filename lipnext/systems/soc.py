@@ -21,7 +21,7 @@ from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import AugmentSpec, DataSpec, Experiment, LossSpec, OptimSpec, TrainSpec
 from lipnext.core.laptop import laptop_run
 from lipnext.core.module import LipschitzModule
-from lipnext.core.network import Head, LipschitzNetwork, SoftplusHead
+from lipnext.core.network import Head, LipschitzNetwork, SoftplusHead, signed_radii
 from lipnext.core.system import Certifier, System
 from lipnext.nn.activation import MaxMin
 from lipnext.nn.curvature_head import CurvatureHead
@@ -158,8 +158,7 @@ def certificate_loss(
     """Cross-entropy less `penalty` times the mean radius of the right samples (certificate regularisation, ICLR 2022)."""
     logits = network(images)
     entropy = losses.cross_entropy(logits, labels, temperature=spec.temperature)
-    ratio = (logits.gather(1, labels[:, None]) - logits) / network.estimate_distances()[labels]
-    radii = ratio.scatter(1, labels[:, None], float("inf")).min(dim=1).values
+    radii = signed_radii(logits, labels, network.estimate_distances())
     return entropy - spec.penalty * functional.relu(radii).mean()
 
 

@@ -53,3 +53,13 @@ def test_a_tie_has_radius_zero_and_an_empty_batch_an_empty_certificate() -> None
 def test_a_class_without_an_image_is_refused() -> None:
     with pytest.raises(DataError, match="needs an image of each class"):
         NearestNeighbour(bytes_of(2, 0), torch.tensor([0, 0]), 2)
+
+
+def test_anything_but_bytes_of_one_shape_is_refused() -> None:
+    train, labels = bytes_of(4, 0), torch.arange(4) % 2
+    with pytest.raises(DataError, match=r"takes images of bytes, uint8, got torch\.float32"):
+        NearestNeighbour(train.float(), labels, 2)
+    model = NearestNeighbour(train, labels, 2)
+    for wrong in (train.float(), train.transpose(2, 3)):
+        with pytest.raises(DataError, match=r"images must be uint8 of shape \(n, 1, 2, 3\), got torch\."):
+            model.certify(wrong)
