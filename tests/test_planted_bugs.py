@@ -535,7 +535,7 @@ def test_largest_layer_for_the_product(monkeypatch: Patch, tmp_path: Path) -> No
 
 
 def test_rounding_error_forgotten(monkeypatch: Patch, tmp_path: Path) -> None:
-    monkeypatch.setattr(margin, "_margin_errors", lambda rows, *rest: torch.zeros(len(rows), len(rows)))
+    monkeypatch.setattr(margin, "margin_errors", lambda rows, *rest: torch.zeros(len(rows), len(rows)))
     assert "margin_error 0.0 of" in doubt(saved(tmp_path))
 
 
@@ -544,7 +544,7 @@ def test_logits_in_float32(monkeypatch: Patch, tmp_path: Path) -> None:
         monkeypatch,
         MarginCertifier,
         "__call__",
-        "self.network(_whole_blocks(images.double()))",
+        "self.network(whole_blocks(images.double()))",
         "copy.deepcopy(self.network).float()(images.float()).double()",
     )
     monkeypatch.setattr(margin, "copy", copy, raising=False)
@@ -555,6 +555,6 @@ def test_logits_in_float32(monkeypatch: Patch, tmp_path: Path) -> None:
 
 def test_margin_not_reduced_by_its_error(monkeypatch: Patch) -> None:
     """The slack is reported but not subtracted: seen only by who counts again."""
-    rewrite(monkeypatch, MarginCertifier, "__call__", "_down(margin - error)", "margin")
+    rewrite(monkeypatch, MarginCertifier, "__call__", "tensor_down(margin - error)", "margin")
     found = examined(opposite())
     assert "slack" in kinds(found)

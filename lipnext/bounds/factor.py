@@ -13,16 +13,17 @@ from torch.nn import functional
 
 from lipnext.bounds.convolution import convolution_bound
 from lipnext.bounds.spectral import (
-    _TINY,
-    _U,
-    _as_exact,
-    _frobenius_up,
-    _mirrored,
-    _power_of_two,
+    TINY,
+    as_exact,
+    frobenius_up,
+    mirrored,
+    power_of_two,
     spectral_bound,
 )
 from lipnext.core.bound import LipschitzBound
-from lipnext.core.rounding import add_up, gamma, mul_up, sqrt_up
+from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, gamma, mul_up, sqrt_up
+
+_U = UNIT_ROUNDOFF[torch.float64]
 
 _ABOVE = 1.0 + 2.0**-36
 """How far `s` lies above the largest eigenvalue, so that the factorisation succeeds."""
@@ -46,10 +47,10 @@ def factor_bound(weight: Tensor) -> LipschitzBound:
     Raises:
         UnsoundError: if the weight holds NaN or infinity.
     """
-    w = _as_exact(weight)
-    scale = _power_of_two(_frobenius_up(w))
-    w = w / scale  # exact: a power of two, up to underflow that `_TINY` covers
-    gram = _mirrored(w.mT @ w)
+    w = as_exact(weight)
+    scale = power_of_two(frobenius_up(w))
+    w = w / scale  # exact: a power of two, up to underflow that `TINY` covers
+    gram = mirrored(w.mT @ w)
     shift = torch.linalg.eigvalsh(gram)[-1].item() * _ABOVE
     target = -gram
     target.diagonal().add_(shift)
@@ -61,13 +62,13 @@ def factor_bound(weight: Tensor) -> LipschitzBound:
     # G errs by gamma_m |W|^T |W|, L L^T by gamma_n |L| |L|^T, the diagonal of the target and E by one rounding each. In the
     # Frobenius norm, |A| |A|^T is at most ||A||_F^2.
     m, n = w.shape
-    frobenius, size = _frobenius_up(w), _frobenius_up(factor)
-    residual = _frobenius_up(rest)
+    frobenius, size = frobenius_up(w), frobenius_up(factor)
+    residual = frobenius_up(rest)
     products = add_up(
         mul_up(gamma(m, _U), mul_up(frobenius, frobenius)), mul_up(gamma(n, _U), mul_up(size, size))
     )
-    roundings = mul_up(gamma(1, _U), add_up(residual, _frobenius_up(torch.diagonal(target))))
-    excess = add_up(add_up(residual, add_up(products, roundings)), _TINY)
+    roundings = mul_up(gamma(1, _U), add_up(residual, frobenius_up(torch.diagonal(target))))
+    excess = add_up(add_up(residual, add_up(products, roundings)), TINY)
     return LipschitzBound(value=mul_up(sqrt_up(add_up(shift, excess)), scale), norm=2.0, proof="factor")
 
 

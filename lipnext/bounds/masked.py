@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lipnext.bounds.spectral import _TINY, _U, _power_of_two
-from lipnext.core.rounding import add_up, gamma
+from lipnext.bounds.spectral import TINY, mirrored, power_of_two
+from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, gamma
+
+_U = UNIT_ROUNDOFF[torch.float64]
 
 _CHUNK = 2**22  # numbers in the masked matrices that are formed at once
 
@@ -35,8 +37,8 @@ def masked_gram_bounds(
         Float64 `(b,)`.
     """
     bounds = matrix.new_full((len(rows),), math.inf)
-    scale = _power_of_two(matrix.abs().max().item())
-    # exact, up to underflow that `_TINY` covers; a row and a column of zeros to pad with
+    scale = power_of_two(matrix.abs().max().item())
+    # exact, up to underflow that `TINY` covers; a row and a column of zeros to pad with
     padded = functional.pad(matrix / scale, (0, 1, 0, 1))
     sides = torch.stack([rows.sum(1), columns.sum(1)])
     small = (sides.amin(0) <= largest).nonzero().squeeze(1)
@@ -64,27 +66,22 @@ def _norms_up(stack: Tensor, squarings: int) -> Tensor:
 
     A sum of `n` squares, its root and the few operations around it have a relative error below `gamma_(n + 16)`.
     """
-    rounding = gamma(stack.shape[2] + 16, _U) * _frobenius_up(stack).square() + _TINY
-    matrix, levels = _gram(stack), []
+    rounding = gamma(stack.shape[2] + 16, _U) * _frobenius_up(stack).square() + TINY
+    matrix, levels = mirrored(stack @ stack.mT), []
     for _ in range(squarings):
         size = _frobenius_up(matrix)
         scale = torch.exp2(torch.frexp(size.clamp_min(1e-250)).exponent.double())
-        matrix = _gram(matrix / scale[:, None, None])
-        levels.append((scale, gamma(stack.shape[1] + 16, _U) * (size / scale).square() + _TINY))
+        matrix = matrix / scale[:, None, None]
+        matrix = mirrored(matrix @ matrix.mT)
+        levels.append((scale, gamma(stack.shape[1] + 16, _U) * (size / scale).square() + TINY))
     norm, factor = _frobenius_up(matrix), add_up(1.0, gamma(16, _U))
     for scale, error in reversed(levels):
         norm = (norm + error).sqrt() * scale * factor
     return (norm + rounding).sqrt() * factor
 
 
-def _gram(stack: Tensor) -> Tensor:
-    """`M M^T`, exactly symmetric: BLAS may sum its two triangles in different orders."""
-    upper = (stack @ stack.mT).triu()
-    return upper + upper.triu(1).mT
-
-
 def _frobenius_up(stack: Tensor) -> Tensor:
-    """`||M_b||_F` rounded up; 0 squares exactly, and tiny entries lose at most `_TINY` before the root of it is added."""
+    """`||M_b||_F` rounded up; 0 squares exactly, and tiny entries lose at most `TINY` before the root of it is added."""
     sizes = stack.flatten(1)
     terms = sizes.shape[1]
     return torch.linalg.vector_norm(sizes, dim=1) * add_up(1.0, gamma(terms + 16, _U)) + 1e-140

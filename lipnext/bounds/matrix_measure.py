@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lipnext.core.errors import UnsoundError
-from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, down, gamma, up
+from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, down, gamma, tensor_up, up
 
 _U = UNIT_ROUNDOFF[torch.float64]
 _TINY = 1e-290  # covers every underflow in a sum
@@ -146,7 +146,7 @@ def comparison_up(product: Product, matrix: Tensor, forcing: Tensor, steps: int 
         UnsoundError: if mu(A) is not proved to be below 1.
     """
     a, forcing = matrix.detach().double(), forcing.double() + _TINY
-    start = _up(forcing.max() / averaging(a).gap).expand_as(forcing)
+    start = tensor_up(forcing.max() / averaging(a).gap).expand_as(forcing)
     # A step sums t products of positive numbers and divides: below gamma_(t + 8).
     slack = add_up(1.0, gamma(2 * a[0].numel() + 32, _U))
     return _refine(product, a, forcing, start, steps, slack)
@@ -163,8 +163,3 @@ def _refine(product: Product, matrix: Tensor, forcing: Tensor, h: Tensor, steps:
 def per_unit(entries: Tensor, like: Tensor) -> Tensor:
     """Return `(n,)` or `(c,)` in the shape of z, `(1, n)` or `(1, c, 1, 1)`."""
     return entries.view(1, -1, *[1] * (like.dim() - 2))
-
-
-def _up(tensor: Tensor) -> Tensor:
-    """Return the next numbers above."""
-    return torch.nextafter(tensor, torch.full_like(tensor, math.inf))

@@ -16,7 +16,7 @@ from lipnext.core.errors import UnsoundError
 from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, gamma, mul_up, sqrt_up
 
 _U = UNIT_ROUNDOFF[torch.float64]
-_TINY = 1e-290  # covers every underflow in a product of matrices scaled to a Frobenius norm near 1
+TINY = 1e-290  # covers every underflow in a product of matrices scaled to a Frobenius norm near 1
 
 
 def near_orthogonal_bound(weight: Tensor, squarings: int = 2) -> LipschitzBound:
@@ -33,14 +33,14 @@ def near_orthogonal_bound(weight: Tensor, squarings: int = 2) -> LipschitzBound:
     Raises:
         UnsoundError: if the weight holds NaN or infinity.
     """
-    w = _as_exact(weight)
-    gram = _mirrored(w.mT @ w)
+    w = as_exact(weight)
+    gram = mirrored(w.mT @ w)
     diagonal = torch.diagonal(gram)
     if bool((diagonal < 0.5).any()) or bool((diagonal > 2).any()):
         return spectral_bound(weight)
     gram.diagonal().sub_(1.0)  # exact: Sterbenz's lemma for entries in [1/2, 2]
-    frobenius = _frobenius_up(w)
-    rounding = add_up(mul_up(gamma(w.shape[0], _U), mul_up(frobenius, frobenius)), _TINY)
+    frobenius = frobenius_up(w)
+    rounding = add_up(mul_up(gamma(w.shape[0], _U), mul_up(frobenius, frobenius)), TINY)
     excess = add_up(_symmetric_norm_up(gram, squarings), rounding)
     return LipschitzBound(value=sqrt_up(add_up(1.0, excess)), norm=2.0, proof="gram-residual")
 
@@ -59,12 +59,12 @@ def spectral_bound(weight: Tensor, squarings: int = 7) -> LipschitzBound:
     Raises:
         UnsoundError: if the weight holds NaN or infinity.
     """
-    w = _as_exact(weight)
-    scale = _power_of_two(_frobenius_up(w))
-    w = w / scale  # exact: a power of two, up to underflow that `_TINY` covers
-    gram = _mirrored(w.mT @ w)
-    frobenius = _frobenius_up(w)
-    rounding = add_up(mul_up(gamma(w.shape[0], _U), mul_up(frobenius, frobenius)), _TINY)
+    w = as_exact(weight)
+    scale = power_of_two(frobenius_up(w))
+    w = w / scale  # exact: a power of two, up to underflow that `TINY` covers
+    gram = mirrored(w.mT @ w)
+    frobenius = frobenius_up(w)
+    rounding = add_up(mul_up(gamma(w.shape[0], _U), mul_up(frobenius, frobenius)), TINY)
     squared = add_up(_symmetric_norm_up(gram, squarings), rounding)
     return LipschitzBound(value=mul_up(sqrt_up(squared), scale), norm=2.0, proof="gram-iteration")
 
@@ -82,7 +82,7 @@ def absolute_norm_bound(weight: Tensor, steps: int = 4) -> float:
     Raises:
         UnsoundError: if the weight holds NaN or infinity, or squares of its entries overflow.
     """
-    a = _as_exact(weight).abs()
+    a = as_exact(weight).abs()
     m, n = a.shape
     v = torch.ones(n, dtype=torch.float64, device=a.device)
     for _ in range(steps):
@@ -97,7 +97,7 @@ def absolute_norm_bound(weight: Tensor, steps: int = 4) -> float:
             "the entries of a weight matrix are so large that their squares overflow; rescale it"
         )
     ratio = mul_up(ratio, add_up(1.0, gamma(m + n + 4, _U)))
-    return sqrt_up(add_up(ratio, _TINY))
+    return sqrt_up(add_up(ratio, TINY))
 
 
 def nonnegative_bound(weight: Tensor, steps: int = 4) -> LipschitzBound:
@@ -110,7 +110,7 @@ def nonnegative_bound(weight: Tensor, steps: int = 4) -> LipschitzBound:
     Raises:
         UnsoundError: if an entry is negative, NaN or infinite, or squares of the entries overflow.
     """
-    if bool((_as_exact(weight) < 0).any()):
+    if bool((as_exact(weight) < 0).any()):
         raise UnsoundError(
             "the Collatz-Wielandt bound needs a matrix without negative entries; use spectral_bound for others"
         )
@@ -119,7 +119,7 @@ def nonnegative_bound(weight: Tensor, steps: int = 4) -> LipschitzBound:
 
 def estimate_spectral_norm(weight: Tensor, steps: int = 50, seed: int = 0) -> Estimate:
     """Estimate `||W||_2` by power iteration: a value from *below*, for comparison and never for a certificate."""
-    w = _as_exact(weight)
+    w = as_exact(weight)
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(w.shape[1], generator=generator, dtype=torch.float64).to(w.device)
     for _ in range(steps):
@@ -129,7 +129,7 @@ def estimate_spectral_norm(weight: Tensor, steps: int = 50, seed: int = 0) -> Es
     return Estimate(value=value, method=f"power iteration, {steps} steps")
 
 
-def _as_exact(weight: Tensor) -> Tensor:
+def as_exact(weight: Tensor) -> Tensor:
     """Upcast to float64, which is exact for every smaller floating dtype, with the smaller side last."""
     if weight.dim() != 2:
         raise ValueError(f"`weight` must be a matrix, got shape {tuple(weight.shape)}.")
@@ -141,7 +141,7 @@ def _as_exact(weight: Tensor) -> Tensor:
     return w if w.shape[0] >= w.shape[1] else w.mT
 
 
-def _frobenius_up(matrix: Tensor) -> float:
+def frobenius_up(matrix: Tensor) -> float:
     """`||M||_F` rounded up: the sum of squares and the root have relative error below `gamma_(entries + 3)`.
 
     The entries are first scaled by a power of two to at most 1, so that squares of tiny ones cannot vanish unnoticed.
@@ -149,28 +149,28 @@ def _frobenius_up(matrix: Tensor) -> float:
     peak = matrix.abs().max().item() if matrix.numel() else 0.0
     if peak == 0.0:
         return 0.0
-    scale = _power_of_two(peak)
+    scale = power_of_two(peak)
     scaled = matrix / scale
     value = math.sqrt(torch.sum(scaled * scaled).item())
-    relative = add_up(mul_up(value, add_up(1.0, gamma(matrix.numel() + 3, _U))), _TINY)
+    relative = add_up(mul_up(value, add_up(1.0, gamma(matrix.numel() + 3, _U))), TINY)
     return mul_up(relative, scale)
 
 
 def _symmetric_norm_up(matrix: Tensor, squarings: int) -> float:
     """`||M||_2` of a symmetric matrix from above: `||M||_2^2 = ||M^2||_2 <= ||fl(M^2)||_2 + gamma_n ||M||_F^2`."""
-    frobenius = _frobenius_up(matrix)
+    frobenius = frobenius_up(matrix)
     if squarings == 0 or frobenius == 0.0:
         return frobenius
-    scale = _power_of_two(frobenius)
+    scale = power_of_two(frobenius)
     scaled = matrix / scale
     relative = mul_up(frobenius, 1.0 / scale)
-    rounding = add_up(mul_up(gamma(matrix.shape[0], _U), mul_up(relative, relative)), _TINY)
-    square = _mirrored(scaled @ scaled)
+    rounding = add_up(mul_up(gamma(matrix.shape[0], _U), mul_up(relative, relative)), TINY)
+    square = mirrored(scaled @ scaled)
     squared = add_up(_symmetric_norm_up(square, squarings - 1), rounding)
     return min(frobenius, mul_up(sqrt_up(squared), scale))
 
 
-def _mirrored(product: Tensor) -> Tensor:
+def mirrored(product: Tensor) -> Tensor:
     """Copy the upper triangle of a computed `A^T A` onto the lower one.
 
     BLAS may sum the two triangles in different orders. Each entry keeps its own error bound, and what is
@@ -181,6 +181,6 @@ def _mirrored(product: Tensor) -> Tensor:
     return upper + upper.triu(1).mT
 
 
-def _power_of_two(value: float) -> float:
+def power_of_two(value: float) -> float:
     """A power of two within a factor 2 of `value`, clamped to where its reciprocal is a normal number too."""
     return 2.0 ** min(max(math.frexp(value)[1], -1000), 1000)

@@ -9,9 +9,11 @@ import math
 import torch
 from torch import Tensor
 
-from lipnext.bounds.spectral import _TINY, _U, _mirrored, _power_of_two
+from lipnext.bounds.spectral import TINY, mirrored, power_of_two
 from lipnext.core.errors import UnsoundError
-from lipnext.core.rounding import add_up, gamma, mul_up, sqrt_up
+from lipnext.core.rounding import UNIT_ROUNDOFF, add_up, gamma, mul_up, sqrt_up, tensor_up
+
+_U = UNIT_ROUNDOFF[torch.float64]
 
 _RESIDUAL_SQUARINGS = 2
 _NEAR = 2e-3  # a residual this small costs at most 0.1 % of the norm, less than Gram iteration may
@@ -42,8 +44,8 @@ def largest_norm_up(stack: Tensor, squarings: int = 7, floor: float = 0.0) -> fl
     peak = _frobenius_up(stack).max().item() if stack.numel() else 0.0
     if peak <= floor:
         return peak
-    scale = _power_of_two(peak)
-    scaled = stack / scale  # exact: a power of two, up to underflow that `_TINY` covers
+    scale = power_of_two(peak)
+    scaled = stack / scale  # exact: a power of two, up to underflow that `TINY` covers
     gram = _gram(scaled)
     rounding = _gram_rounding(scaled.shape[1], mul_up(peak, 1.0 / scale))
     shift, residual = _shifted_norm_up(gram)
@@ -84,7 +86,7 @@ def _hermitian_norm_up(stack: Tensor, squarings: int, floor: float) -> float:
     if not bool(leading.any()):
         return peak
     others = norms[~leading].max().item() if not bool(leading.all()) else 0.0
-    scale = _power_of_two(peak)
+    scale = power_of_two(peak)
     scaled = stack[leading] / scale
     rounding = _gram_rounding(scaled.shape[1], mul_up(peak, 1.0 / scale))
     # The square of a Hermitian matrix is its Gram matrix.
@@ -101,7 +103,7 @@ def _gram(stack: Tensor) -> Tensor:
     """
     m = stack.shape[1] // 2
     cross = stack[:, :m].mT @ stack[:, m:]
-    return torch.cat([_mirrored(stack.mT @ stack), cross - cross.mT], dim=1)
+    return torch.cat([mirrored(stack.mT @ stack), cross - cross.mT], dim=1)
 
 
 def _gram_rounding(rows: int, norm: float) -> float:
@@ -111,7 +113,7 @@ def _gram_rounding(rows: int, norm: float) -> float:
     `gamma_(rows/2 + 1) (|A|^T |B| + |B|^T |A|)` in every entry. Either matrix has a Frobenius norm of at most `norm^2`, and
     the complex error at most the sum of both.
     """
-    return add_up(mul_up(2.0 * gamma(rows + 1, _U), mul_up(norm, norm)), _TINY)
+    return add_up(mul_up(2.0 * gamma(rows + 1, _U), mul_up(norm, norm)), TINY)
 
 
 def _frobenius_up(stack: Tensor) -> Tensor:
@@ -124,10 +126,8 @@ def _frobenius_up(stack: Tensor) -> Tensor:
     peak = stack.abs().amax().item()
     if peak == 0.0:
         return stack.new_zeros(len(stack))
-    scale = _power_of_two(peak)
+    scale = power_of_two(peak)
     norms = torch.linalg.vector_norm((stack / scale).flatten(1), dim=1)
     entries = stack.shape[1] * stack.shape[2]
     scaled = (norms * add_up(1.0, gamma(entries + 3, _U)) + 1e-150) * scale
-    return torch.nextafter(
-        scaled, torch.full_like(scaled, math.inf)
-    )  # the scale may lead to a subnormal number
+    return tensor_up(scaled)  # the scale may lead to a subnormal number

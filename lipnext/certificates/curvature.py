@@ -30,24 +30,22 @@ from torch.nn import functional
 from lipnext.bounds.factor import factor_bound
 from lipnext.bounds.spectral import absolute_norm_bound
 from lipnext.certificates.margin import (
-    _U,
     ARITHMETIC,
-    _down,
-    _margin_errors,
-    _up,
-    _whole_blocks,
     freeze,
     head_distances,
     longest_deployed_radius,
     longest_image,
+    margin_errors,
+    whole_blocks,
 )
 from lipnext.core.bound import PROOFS, LipschitzBound
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.guard import check_images
 from lipnext.core.network import SOFTPLUS_THRESHOLD, SoftplusHead
-from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up
+from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up, tensor_down, tensor_up
 
+_U = UNIT_ROUNDOFF[torch.float64]
 RIVALS = 9
 """Of which more than one point is tried, those with the smallest radii in closed form."""
 POINTS = 8
@@ -102,7 +100,7 @@ class CurvatureCertifier:
         """
         check_images(images, self.network.input_shape)
         with torch.autocast(images.device.type, enabled=False):
-            features = self.network.features(_whole_blocks(images.double()))
+            features = self.network.features(whole_blocks(images.double()))
             logits = self.head(features)[: len(images)]
         features = features[: len(images)]
         labels = logits.argmax(dim=1)
@@ -113,14 +111,16 @@ class CurvatureCertifier:
         reach, rival = (torch.cat(column) for column in zip(*parts, strict=True))
         nearest = self._pairs(features, labels, rival)
         value, error, length = nearest.margin(features)
-        radius = _down(_down(reach - self.features.error) / max(self.body.value, 1e-30))
+        radius = tensor_down(tensor_down(reach - self.features.error) / max(self.body.value, 1e-30))
         radius = radius.clamp(max=self.largest_radius)
         proved = torch.isfinite(logits).all(dim=1) & torch.isfinite(radius) & (radius > 0)
         return Certificate(
             label=labels,
             radius=torch.where(proved, radius, 0.0),
             margin=torch.nan_to_num(value),
-            slack=torch.nan_to_num(_up(error + _up(length * self.features.error)) + nearest.deduction),
+            slack=torch.nan_to_num(
+                tensor_up(error + tensor_up(length * self.features.error)) + nearest.deduction
+            ),
             norm=2.0,
             kind="deterministic",
             confidence=1.0,
@@ -199,7 +199,7 @@ class CurvatureCertifier:
         """Bound the error of the executed margins for any input up to twice as long as an image, shape `(k, k)`."""
         state = self._state(2 * longest_image(self.network), UNIT_ROUNDOFF[ARITHMETIC[arithmetic]])
         hidden = self.head.hidden_rounding(state)
-        return _margin_errors(self.head.weight, self.head.bias, hidden, head_distances(self.head.weight))
+        return margin_errors(self.head.weight, self.head.bias, hidden, head_distances(self.head.weight))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from lipnext.bounds.matrix_measure import (
     off_diagonal,
     per_unit,
 )
-from lipnext.certificates.margin import ARITHMETIC, _down, _up, _whole_blocks, freeze
+from lipnext.certificates.margin import ARITHMETIC, freeze, whole_blocks
 from lipnext.core.bound import PROOFS, LipschitzBound
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
@@ -47,7 +47,7 @@ from lipnext.core.guard import check_images, refuse_fast_convolution
 from lipnext.core.implicit import ImplicitModule, implicit_parts
 from lipnext.core.local import AffineModule, ReshapeModule
 from lipnext.core.network import LinearHead, LipschitzNetwork
-from lipnext.core.rounding import LARGEST, UNDERFLOW, UNIT_ROUNDOFF, add_up, gamma
+from lipnext.core.rounding import LARGEST, UNDERFLOW, UNIT_ROUNDOFF, add_up, gamma, tensor_down, tensor_up
 
 _U = UNIT_ROUNDOFF[torch.float64]
 _TINY = 1e-290  # covers every underflow in a sum
@@ -103,7 +103,7 @@ class _Stored:
     def injection_error(self, largest: float, unit: float) -> Tensor:
         """Bound the error of `B x + b` for `|x| <= largest`, unit by unit."""
         relative = gamma(self.affine.terms + 4, unit)
-        return _up(relative * (self.forcing * largest + self.shift) * (1 + 2.0**-50)) + UNDERFLOW[unit]
+        return tensor_up(relative * (self.forcing * largest + self.shift) * (1 + 2.0**-50)) + UNDERFLOW[unit]
 
 
 def _read(network: LipschitzNetwork) -> _Stored:
@@ -190,7 +190,7 @@ class ImplicitCertifier:
         check_images(images, self.network.input_shape)
         count = len(images)
         with torch.autocast(images.device.type, enabled=False):
-            x = _whole_blocks(images.double())
+            x = whole_blocks(images.double())
             z = self.network.features(x)
             logits = self.network.head(z)
             v = self.stored.injection(x)
@@ -199,7 +199,7 @@ class ImplicitCertifier:
             centre = self._centre_error(z, v)
             error = self._margin_error(z, centre, labels)
             margin = logits.gather(1, labels[:, None]) - logits
-            ratio = _down(_down(_down(margin) - error) / self.steepness[labels])
+            ratio = tensor_down(tensor_down(tensor_down(margin) - error) / self.steepness[labels])
             ratio.scatter_(1, labels[:, None], math.inf)
             radius, rival = ratio.min(dim=1)
             radius = radius.clamp(max=LARGEST_RADIUS)
@@ -347,7 +347,7 @@ class ImplicitCertifier:
         """Return whether no point of the closed ball of `eps (n,)` around each image gets another label."""
         lower, upper = (side.flatten(1) for side in self.box(z, v, centre, eps))
         middle = (lower + upper) / 2
-        half = _up(torch.maximum(upper - middle, middle - lower))
+        half = tensor_up(torch.maximum(upper - middle, middle - lower))
         bias = self.network.head.bias
         relative = gamma(self.rows.shape[1] + 12, _U)
         holds = torch.ones(len(z), dtype=torch.bool, device=z.device)
@@ -371,16 +371,16 @@ class ImplicitCertifier:
         stored, wide = self.stored, [-1] + [1] * (z.dim() - 1)
         reach, relative = eps.view(wide), gamma(stored.terms + 8, _U)
         width = (stored.sensitivity * reach + centre.view(wide)) * _UP
-        lower, upper = _down(z - width).clamp_min(0.0), _up(z + width)
+        lower, upper = tensor_down(z - width).clamp_min(0.0), tensor_up(z + width)
         spread_v = (stored.forcing * reach + stored.injection_error(1.0, _U) + relative * v.abs()) * _UP
         for _ in range(BOX_STEPS):
             middle = (lower + upper) / 2
-            half = _up(torch.maximum(upper - middle, middle - lower))
+            half = tensor_up(torch.maximum(upper - middle, middle - lower))
             sums = stored.implicit.product(middle, stored.rest) + v
             # `relative` of the sizes is the error of the sums above; the factor that of the spread itself.
             spread = stored.implicit.product(half + relative * upper, stored.sizes) + spread_v
             spread = spread * add_up(1.0, gamma(2 * stored.terms + 32, _U)) + _TINY
-            low, high = _down(sums - spread).clamp_min(0.0), _up(sums + spread).clamp_min(0.0)
+            low, high = tensor_down(sums - spread).clamp_min(0.0), tensor_up(sums + spread).clamp_min(0.0)
             lower = torch.maximum(lower, low / stored.room / _UP)
             upper = torch.minimum(upper, high / stored.room * _UP)
         return lower, upper

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from lipnext.bounds.ball_box import ball_box_bound
 from lipnext.bounds.masked import masked_absolute_bounds, masked_gram_bounds
-from lipnext.certificates.margin import MarginCertifier, _down, _up
+from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.local import Stage, stages
-from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, sqrt_up
+from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, sqrt_up, tensor_down, tensor_up
 
 _U = UNIT_ROUNDOFF[torch.float64]
 _TINY = 1e-290  # covers every underflow in the sums of a box
@@ -74,14 +74,14 @@ class _Proved:
         """Interval arithmetic: with middle m and half width h, `|fl(W m + b) - W y - b| <= |W| h + gamma (|W| |m| + |b|)`."""
         layer = self.stage.affine
         middle = (lower + upper) / 2
-        half = _up(torch.maximum(upper - middle, middle - lower))
+        half = tensor_up(torch.maximum(upper - middle, middle - lower))
         relative = gamma(layer.terms + 4, _U)
         spread = layer.product(half + relative * torch.maximum(lower.abs(), upper.abs()), self.sizes)
         if layer.bias is not None:
             spread = spread + relative * layer.bias.abs().view(-1, *[1] * (spread.dim() - 2))
         spread = spread * add_up(1.0, gamma(2 * layer.terms + 32, _U)) + _TINY
         centre = layer(middle)
-        return _down(centre - spread), _up(centre + spread)
+        return tensor_down(centre - spread), tensor_up(centre + spread)
 
     def row_norms(self, varying: Tensor) -> Tensor:
         """`||w_o V||` for every output, rounded up."""
@@ -219,7 +219,7 @@ class LocalCertifier:
         *hidden, logits = outputs
         reach, lower, upper = self._propagate(images, hidden, eps)
         error = self.margin.error.to(logits.device)[label]
-        room = _down(_down(logits.gather(1, label[:, None]) - logits) - error)
+        room = tensor_down(tensor_down(logits.gather(1, label[:, None]) - logits) - error)
         rows = self.network.head.weight
         holds = torch.isfinite(logits).all(dim=1)
         for rival in range(len(rows)):
@@ -235,16 +235,20 @@ class LocalCertifier:
             stage = proved.stage
             width = reach.view(-1, *[1] * (centre.dim() - 1)) * proved.row_norms(varying)
             width = (width + proved.error) * add_up(1.0, gamma(8, _U))
-            below, above = _down(centre - width), _up(centre + width)
+            below, above = tensor_down(centre - width), tensor_up(centre + width)
             if box is not None:  # around the image itself nothing is known but the ball
                 lower, upper = proved.box(*box)
                 below, above = torch.maximum(below, lower), torch.minimum(above, upper)
             box = lower, upper = stage.activate(below), stage.activate(above)
             before, varying = varying, lower < upper
-            reach = _up(reach * proved.norm(stage.feeds(varying, centre), before))
+            reach = tensor_up(reach * proved.norm(stage.feeds(varying, centre), before))
         features, error = stage.activate(centre), proved.error
         keep = varying.double()
-        return reach, _down(_down(lower - features) - error) * keep, _up(_up(upper - features) + error) * keep
+        return (
+            reach,
+            tensor_down(tensor_down(lower - features) - error) * keep,
+            tensor_up(tensor_up(upper - features) + error) * keep,
+        )
 
 
 def _matrix(stage: Stage, like: Tensor) -> Tensor | None:

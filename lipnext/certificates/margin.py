@@ -28,7 +28,16 @@ from lipnext.core.files import sha256_tensors
 from lipnext.core.guard import check_images
 from lipnext.core.network import LinearHead, LipschitzNetwork
 from lipnext.core.propagation import norm_up
-from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up, sqrt_up
+from lipnext.core.rounding import (
+    UNIT_ROUNDOFF,
+    RoundingState,
+    add_up,
+    gamma,
+    mul_up,
+    sqrt_up,
+    tensor_down,
+    tensor_up,
+)
 
 _U = UNIT_ROUNDOFF[torch.float64]
 ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
@@ -84,7 +93,7 @@ class MarginCertifier:
         self.error = self.evidence.margin_error
         self.largest_radius = math.inf
         if semantics == "deployed":
-            self.error = _up(self.error + ball_error(self.network, self.evidence.distances, arithmetic))
+            self.error = tensor_up(self.error + ball_error(self.network, self.evidence.distances, arithmetic))
             self.largest_radius = longest_deployed_radius(self.network)
 
     @torch.no_grad()
@@ -99,13 +108,13 @@ class MarginCertifier:
         check_images(images, self.network.input_shape)
         # Layers may follow an autocast block around this call; the error bounds speak of float64.
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.network(_whole_blocks(images.double()))[: len(images)]
+            logits = self.network(whole_blocks(images.double()))[: len(images)]
         labels = logits.argmax(dim=1)
         margin = logits.gather(1, labels[:, None]) - logits
         error = self.error.to(logits.device)[labels]
         # Every step rounds towards a smaller radius: numerator down, denominator up, quotient down.
-        numerator = _down(margin - error)
-        ratio = _down(numerator / self._denominator().to(logits.device)[labels])
+        numerator = tensor_down(margin - error)
+        ratio = tensor_down(numerator / self._denominator().to(logits.device)[labels])
         ratio.scatter_(1, labels[:, None], math.inf)
         radius, rival = ratio.min(dim=1)
         radius = radius.clamp(max=self.largest_radius)
@@ -153,7 +162,7 @@ class MarginCertifier:
     def _denominator(self) -> Tensor:
         """`K ||w_i - w_j||`, rounded up; a floor keeps the radius finite for rows that coincide."""
         product = self.evidence.body.value * self.evidence.distances
-        return _up(product).clamp_min(1e-30)
+        return tensor_up(product).clamp_min(1e-30)
 
 
 def freeze(
@@ -235,7 +244,7 @@ def _evaluation_errors(
 ) -> tuple[RoundingState, Tensor]:
     """Return norm and error of the features, and the error of the margins, for inputs of norm at most `longest`."""
     state = network.rounding(RoundingState(norm=longest, error=0.0, unit=unit))
-    return state, _margin_errors(network.head.weight, network.head.bias, state, distances)
+    return state, margin_errors(network.head.weight, network.head.bias, state, distances)
 
 
 def longest_image(network: LipschitzNetwork) -> float:
@@ -257,12 +266,12 @@ def head_distances(rows: Tensor) -> Tensor:
     w = rows.detach().double()
     distance = torch.stack([(w - row).square().sum(-1).sqrt() for row in w])  # row by row: K x C at a time
     factor = add_up(1.0, gamma(w.shape[1] + 6, _U))
-    rounded = _up(distance * factor)
+    rounded = tensor_up(distance * factor)
     rounded.fill_diagonal_(0.0)
     return rounded
 
 
-def _margin_errors(rows: Tensor, bias: Tensor, state: RoundingState, distances: Tensor) -> Tensor:
+def margin_errors(rows: Tensor, bias: Tensor, state: RoundingState, distances: Tensor) -> Tensor:
     """Bound the error of `f_i - f_j`: the features' error seen by `w_i - w_j`, and the rounding of both logits.
 
     A logit has `c` products and one addition, and the margin one subtraction, relative to terms of size at most
@@ -278,8 +287,8 @@ def _margin_errors(rows: Tensor, bias: Tensor, state: RoundingState, distances: 
         ],
         dtype=torch.float64,
     )
-    rounded = _up(_up(logit.unsqueeze(1) + logit) + state.underflow)
-    table = _up(_up(distances.cpu() * state.error) + rounded)
+    rounded = tensor_up(tensor_up(logit.unsqueeze(1) + logit) + state.underflow)
+    table = tensor_up(tensor_up(distances.cpu() * state.error) + rounded)
     if not bool(torch.isfinite(table).all()):
         raise UnsoundError(
             "the head holds NaN, infinity or numbers that overflow; nothing can be proved about it"
@@ -287,15 +296,7 @@ def _margin_errors(rows: Tensor, bias: Tensor, state: RoundingState, distances: 
     return table
 
 
-def _whole_blocks(images: Tensor) -> Tensor:
+def whole_blocks(images: Tensor) -> Tensor:
     """Fill up to a multiple of `BLOCK`, so that an image alone gets the same last bit as in a large batch."""
     missing = -len(images) % BLOCK
     return images if missing == 0 else torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-
-
-def _up(tensor: Tensor) -> Tensor:
-    return torch.nextafter(tensor, torch.full_like(tensor, math.inf))
-
-
-def _down(tensor: Tensor) -> Tensor:
-    return torch.nextafter(tensor, torch.full_like(tensor, -math.inf))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
 from lipnext.core.errors import UnsoundError
 
@@ -78,6 +79,16 @@ def up(x: float) -> float:
 def down(x: float) -> float:
     """Return the next float below `x`."""
     return math.nextafter(x, -math.inf)
+
+
+def tensor_up(tensor: Tensor) -> Tensor:
+    """Return the next numbers above, entry by entry."""
+    return torch.nextafter(tensor, torch.full_like(tensor, math.inf))
+
+
+def tensor_down(tensor: Tensor) -> Tensor:
+    """Return the next numbers below, entry by entry."""
+    return torch.nextafter(tensor, torch.full_like(tensor, -math.inf))
 
 
 def fraction_up(exact: Fraction) -> float:
