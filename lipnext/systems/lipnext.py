@@ -50,8 +50,8 @@ def build(
         patch: side of the patches that become channels; sides that it does not divide are padded with zeros.
         shift: fraction alpha of the channels shifted each way, `0 <= alpha <= 1/4`; 1/16 and 1/8 worked best in the paper.
         beta: fraction of the channels that beta-Abs folds, `0 <= beta <= 1`.
-        pool: L2 pooling over all positions, as published. Without it the head sees every position: on small images, where the
-            place of a feature says much, that certifies several points more.
+        pool: L2 pooling over all positions, as published. Without it the head sees every position, which suits small images,
+            where the place of a feature says much.
         seed: of the initial weights.
 
     Raises:
@@ -98,7 +98,7 @@ def tiny() -> Experiment:
 
 
 def digits() -> Experiment:
-    """Scikit-learn's digits, 8x8: under a minute on two CPU cores. Measured: benchmarks/results/digits.json."""
+    """Scikit-learn's digits, 8x8: under a minute on two CPU cores. Measured: benchmarks/results/digits-seed0.json."""
     return laptop_run(
         "lipnext",
         "digits",
@@ -111,7 +111,7 @@ def digits() -> Experiment:
 
 
 def fashion_mnist_cpu() -> Experiment:
-    """Fashion-MNIST (IDX files): five minutes on two CPU cores. Measured: benchmarks/results/fashion-mnist-cpu.json."""
+    """Fashion-MNIST (IDX files): five minutes on two CPU cores. Measured: benchmarks/results/fashion-mnist-cpu-seed0.json."""
     return laptop_run(
         "lipnext",
         "fashion-mnist-cpu",
@@ -124,7 +124,7 @@ def fashion_mnist_cpu() -> Experiment:
 
 
 def cifar10_cpu() -> Experiment:
-    """CIFAR-10, leaning to clean accuracy: under 20 minutes on two CPU cores. Measured: benchmarks/results/cifar10-cpu.json."""
+    """CIFAR-10, leaning to clean accuracy; under 20 minutes on two CPU cores: benchmarks/results/cifar10-cpu-seed0.json."""
     return laptop_run(
         "lipnext",
         "cifar10-cpu",
@@ -137,7 +137,7 @@ def cifar10_cpu() -> Experiment:
 
 
 def cifar10_cpu_robust() -> Experiment:
-    """CIFAR-10, leaning to large radii (temperature and ramp are the dial): benchmarks/results/cifar10-cpu-robust.json."""
+    """CIFAR-10, large radii (temperature and ramp are the dial): benchmarks/results/cifar10-cpu-robust-seed0.json."""
     return cifar10_cpu().model_copy(
         update={
             "preset": "cifar10-cpu-robust",
