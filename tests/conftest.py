@@ -13,9 +13,12 @@ from hypothesis import HealthCheck, settings
 from lipnext import cli
 
 torch.set_num_threads(1)
-# A busy machine is no failure.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+# A busy machine is no failure, and the same code passes or fails the same way everywhere.
+# New examples are searched with `--hypothesis-profile explore`.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", PATIENT)
+settings.register_profile("repeatable", PATIENT, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Dense, Convolution, the reshapes and pools of the convolutional systems, against slow references."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -81,14 +83,19 @@ def test_a_dense_layer_takes_flat_features_alone() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", [Dense(6, 4), Convolution(1, 2, 3, (4, 4), padding=1)])
+@pytest.mark.parametrize(
+    "layer",
+    [Dense(6, 4, generator=generator()), Convolution(1, 2, 3, (4, 4), padding=1, generator=generator())],
+    ids=["dense", "convolution"],
+)
 def test_the_estimate_stays_warm_and_out_of_the_copy_for_inference(layer: LipschitzModule) -> None:
-    first = [float(layer.estimate_lipschitz()) for _ in range(30)]
-    assert first[0] <= first[-1] * (1 + 1e-6)
-    assert first[-1] <= layer.lipschitz_bound().value * (1 + 1e-6)
-    assert set(layer.materialise().state_dict()) == {"weight", "bias"}
+    # Power iteration only rises, and never above the norm: any start will do. bfloat16 would be off by some 1e-3.
+    estimates = [float(layer.estimate_lipschitz()) for _ in range(30)]
     with torch.autocast("cpu", torch.bfloat16):
-        assert float(layer.estimate_lipschitz()) == pytest.approx(first[-1], rel=1e-4)
+        estimates += [float(layer.estimate_lipschitz()) for _ in range(30)]
+    assert all(later >= earlier * (1 - 1e-6) for earlier, later in pairwise(estimates))
+    assert estimates[-1] <= layer.lipschitz_bound().value * (1 + 1e-6)
+    assert set(layer.materialise().state_dict()) == {"weight", "bias"}
 
 
 LAYERS: dict[str, tuple[LipschitzModule, tuple[int, ...]]] = {
