@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_FLOOR = 1e-12  # of norms that are divided by: a layer of zeros has the norm zero, not NaN
-
 
 def estimate_dense_norm(weight: Tensor, vector: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Estimate `||W||_2`.
@@ -25,7 +23,7 @@ def estimate_dense_norm(weight: Tensor, vector: Tensor, steps: int) -> tuple[Ten
     with torch.autocast(weight.device.type, enabled=False):
         with torch.no_grad():
             for _ in range(steps):
-                vector = _unit(weight.mT @ (weight @ vector))
+                vector = _unit(weight.mT @ (weight @ vector), vector)
         return torch.linalg.vector_norm(weight @ vector), vector
 
 
@@ -58,11 +56,19 @@ def estimate_convolution_norm(
                 adjoint = functional.conv_transpose2d(
                     output, kernel, stride=stride, padding=padding, output_padding=rest
                 )
-                image = _unit(adjoint)
+                image = _unit(adjoint, image)
         return torch.linalg.vector_norm(
             functional.conv2d(image, kernel, stride=stride, padding=padding)
         ), image
 
 
-def _unit(vector: Tensor) -> Tensor:
-    return vector / torch.linalg.vector_norm(vector).clamp_min(_FLOOR)
+def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
+    """Normalise, with no small number added to the norm; where the products have vanished the iteration stays where it is.
+
+    The largest entry goes first: squares of entries beyond 1e19 would overflow in float32, those below 1e-23 vanish.
+    """
+    largest = vector.abs().amax()
+    scaled = vector / largest
+    return torch.where(
+        largest > torch.finfo(vector.dtype).tiny, scaled / torch.linalg.vector_norm(scaled), otherwise
+    )

@@ -77,6 +77,27 @@ def test_dense_layers_are_bounded_and_estimated_from_both_sides() -> None:
     torch.testing.assert_close(layer.weight.grad, torch.outer(u[:, 0], v[0]), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-18, 1.0, 1e15])
+def test_power_iteration_of_weights_of_any_size_is_no_larger_than_the_norm(scale: float) -> None:
+    # A floor under the norm of the iterate, or a number added to it, would shrink small vectors from step to step; the
+    # squares of large ones overflow.
+    dense = (scale * torch.randn(5, 7, generator=generator())).float()
+    norm = torch.linalg.matrix_norm(dense.double(), ord=2).item()
+    start = functional.normalize(torch.ones(7).float(), dim=0)
+    estimate, vector = estimate_dense_norm(dense, start, 50)
+    assert torch.linalg.vector_norm(vector).item() == pytest.approx(1.0, rel=1e-6)
+    assert norm * 0.2 <= estimate.item() <= norm * (1 + 1e-6)
+    # a layer that comes back from zero is followed again
+    again, _ = estimate_dense_norm(dense + torch.eye(5, 7).float(), vector, 300)
+    assert again.item() == pytest.approx(spectral_norm(dense.double() + torch.eye(5, 7)), rel=1e-4)
+    kernel = dense[:, :4].reshape(5, 1, 2, 2)
+    image = torch.full((1, 1, 4, 4), 0.25).float()
+    estimate, image = estimate_convolution_norm(kernel, image, 50, stride=2)
+    norm = spectral_norm(dense[:, :4].double())  # disjoint patches
+    assert torch.linalg.vector_norm(image).item() == pytest.approx(1.0, rel=1e-6)
+    assert norm * 0.2 <= estimate.item() <= norm * (1 + 1e-6)
+
+
 def test_a_dense_layer_takes_flat_features_alone() -> None:
     with pytest.raises(ValueError, match=r"must have the shape \(B, n\), got \(2, 3, 6\); flatten it first"):
         Dense(6, 4)(torch.zeros(2, 3, 6))
