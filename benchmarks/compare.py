@@ -63,7 +63,8 @@ def main() -> None:
     path.write_text(
         json.dumps({"data": args.name, **document, **environment()}, indent=2) + "\n", encoding="utf-8"
     )
-    for row in document["rows"]:
+    (table,) = document["tables"]
+    for row in table["rows"]:
         print(row["name"], *(f"{share:.4f}" for share in (row["clean"], *row["cra"].values(), row["acr"])))
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("findings", "export", "zoo", "systems")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("ablations", "findings", "export", "zoo", "systems")),
 )
 ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust")
 BASELINES = ("digits", "fashion-mnist-cpu", "cifar10-cpu")
@@ -272,7 +272,8 @@ def comparison_table() -> str:
     """All systems at equal training time: shares rounded down, attacked accuracy up."""
     lines = []
     for document in load("compare-*.json"):
-        rows, n = document["rows"], document["n"]
+        (table,) = document["tables"]
+        rows, n = table["rows"], document["n"]
         attacked = next(row["attacked"]["n"] for row in rows if row["attacked"])
         head = [
             "model",
@@ -314,7 +315,8 @@ def published_table() -> str:
         "|" + "---|" * 7,
     ]
     for document in load("compare-*.json"):
-        for r in document["rows"]:
+        (table,) = document["tables"]
+        for r in table["rows"]:
             if r.get("published") is None:
                 continue
             share = r["cra_published"]["36/255"]
@@ -331,7 +333,36 @@ def published_table() -> str:
     return "\n".join(lines)
 
 
+def ablations_table(dataset: str) -> str:
+    """One setting changed at a time; figures of the validation part after the last epoch, not certificates."""
+    logs = [
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in sorted((RESULTS / "ablations" / dataset).glob("*.jsonl"))
+    ]
+    rows = {log[0]["setting"]: (log[0]["options"], log[-1]) for log in logs}
+    options, _ = rows["base"]
+    lines = [
+        "| setting | what differs from the base | clean | "
+        + " | ".join(f"CRA {e}" for e in EPS)
+        + " | ACR | seconds |",
+        "|" + "---|" * 8,
+    ]
+    ranked = sorted(
+        rows.items(), key=lambda item: (item[0] != "base", -item[1][1]["validation_estimate"]["acr"])
+    )
+    for name, (changed, last) in ranked:
+        found = last["validation_estimate"]
+        differs = ", ".join(f"`{k}={v}`" for k, v in changed.items() if options.get(k) != v) or "-"
+        numbers = [found["clean"], *(found["cra"][e] for e in EPS), found["acr"]]
+        lines.append(
+            f"| {name} | {differs} | " + " | ".join(floor(n) for n in numbers) + f" | {last['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ablations_fashion": lambda: ablations_table("fashion-mnist"),
+    "ablations_cifar10": lambda: ablations_table("cifar10"),
     "results": results_table,
     "optimizers": optimizers_table,
     "tuning": tuning_table,

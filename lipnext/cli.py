@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import sys
 from fractions import Fraction
@@ -105,6 +106,8 @@ def train(
     experiment = runs.resolve(what, data, overrides or [])
     folder = out or f"runs/{experiment.preset or experiment.system}"
     result = runs.train(experiment, folder, tensorboard=tensorboard)
+    if not result:  # of several processes the first one speaks
+        return
     if as_json:
         _print_json(result)
         return
@@ -440,6 +443,13 @@ def compare(
         str, typer.Option(help="Radii in pixel units of images in [0, 1].")
     ] = "36/255,72/255,108/255,1",
     attacked: Annotated[int, typer.Option(help="Test images to attack; 0 is none.")] = 0,
+    images: Annotated[
+        int | None, typer.Option(help="Test images to certify, evenly spaced; all if left out.")
+    ] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(help="Convert all radii to this norm, l2 or linf, by the factor of the dimension."),
+    ] = None,
     nearest_neighbour: Annotated[
         bool, typer.Option(help="The nearest-neighbour certificate of the training part as a row.")
     ] = True,
@@ -449,10 +459,10 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train or load several runs on the same data and certify them in one table, with paired intervals."""
+    """Train or load several runs on the same data and certify them: a table for each norm and kind, paired intervals."""
     from lipnext.comparison import compare as compare_runs
     from lipnext.comparison import curves
-    from lipnext.core.errors import ViolationError
+    from lipnext.core.errors import ConfigError, ViolationError
     from lipnext.core.files import check_output, write_json
     from lipnext.deployment import figures
 
@@ -460,6 +470,11 @@ def compare(
     check_output("--figure", figure, ".png", ".svg")
     if figure is not None:
         figures.check_installed("matplotlib")
+    norms = {"l2": 2.0, "linf": math.inf}
+    if norm is not None and norm not in norms:
+        raise ConfigError(
+            f"--norm must be l2 or linf, got '{norm}'; leave it out to keep every radius in its own"
+        )
     document = compare_runs(
         what,
         data=data,
@@ -470,6 +485,8 @@ def compare(
         overrides=overrides or [],
         eps=eps,
         attacked=attacked,
+        images=images,
+        norm=None if norm is None else norms[norm],
         nearest_neighbour=nearest_neighbour,
     )
     if out is not None:
@@ -480,7 +497,8 @@ def compare(
         _print_json(document)
     else:
         _print_comparison(document)
-    refuted = [row["name"] for row in document["rows"] if row["attacked"] and row["attacked"]["violations"]]
+    rows = [row for table in document["tables"] for row in table["rows"]]
+    refuted = [row["name"] for row in rows if row["attacked"] and row["attacked"]["violations"]]
     if refuted:
         raise ViolationError(f"refuted: {', '.join(refuted)}; lipnext audit the run to see how")
 
@@ -598,8 +616,11 @@ def _print_summary(result: dict[str, Any], title: str) -> None:
     console.print(table)
     bound = result["lipschitz"]
     executed = f" in {result['arithmetic']}" if result["semantics"] == "deployed" else ""
+    votes = ""
+    if result["kind"] == "probabilistic":
+        votes = f" (confidence {result['confidence']:.9g} an image, {result['abstained']} abstained)"
     console.print(
-        f"{result['norm']} {result['kind']}, semantics {result['semantics']}{executed}, "
+        f"{result['norm']} {result['kind']}{votes}, semantics {result['semantics']}{executed}, "
         f"median margin {result['margin']:.4f}, float error {result['float_error']:.1e}, "
         f"Lipschitz bound {round_up(bound['bound'], 9)} "
         f"(proved: {bound['proof']}), weights {result['model_sha256'][:12]}",
@@ -673,10 +694,18 @@ def _print_audit(document: dict[str, Any], run: str) -> None:
 
 
 def _print_comparison(document: dict[str, Any]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a file takes the whole table
+    for table in document["tables"]:
+        _print_table(table, document["n"], console)
+    level = 100 * document["bootstrap"]["level"]
+    console.print(f"±: half the widest {level:.0f} % interval of a row", highlight=False)
+
+
+def _print_table(table: dict[str, Any], n: int, console: Console) -> None:
     """Certified shares are rounded down, attacked ones and constants up."""
-    rows = document["rows"]
+    rows = table["rows"]
     names = list(rows[0]["cra"])
-    title = f"{document['n']} test images, {document['norm']} {document['kind']}, semantics {document['semantics']}"
+    title = f"{n} test images, {table['norm']} {table['kind']}, semantics {table['semantics']}"
     model = partial(Column, "model", no_wrap=True)
     shares = Table(
         model(), "clean", *(f"CRA {e}" for e in names), "ACR", "±", title=title, title_justify="left"
@@ -685,7 +714,7 @@ def _print_comparison(document: dict[str, Any]) -> None:
         model(), "parameters", "minutes", "trained/s", "certified/s", "K proved", "K published", "seeds"
     )
     for row in rows:
-        count = document["n"] * len(row["seeds"])
+        count = n * len(row["seeds"])
         cells = [round_down(_share(share, count), 4) for share in (row["clean"], *row["cra"].values())]
         spread = max(high - low for low, high in row["interval"].values()) / 2
         shares.add_row(row["name"], *cells, round_down(row["acr"], 4), round_up(spread, 3))
@@ -700,12 +729,11 @@ def _print_comparison(document: dict[str, Any]) -> None:
             "" if published is None else f"{published['constant']:.5f}",
             str(len(row["seeds"])),
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a file takes the whole table
     console.print(shares)
     console.print(facts)
-    console.print(
-        f"±: half the widest {100 * document['bootstrap']['level']:.0f} % interval of a row", highlight=False
-    )
+    converted = [row["name"] for row in rows if row["converted"]]
+    if converted:
+        console.print(f"converted from another norm: {', '.join(converted)}", highlight=False)
     for row in rows:
         if row["attacked"]:
             left = ", ".join(f"{e} {round_up(s, 4)}" for e, s in row["attacked"]["accuracy"].items())

@@ -1,4 +1,7 @@
-"""Several runs in one table: same data, same test images, equal training time or epochs, paired intervals.
+"""Several runs side by side: same data, same test images, equal training time or epochs, paired intervals.
+
+Radii of another norm, kind or semantics are not comparable: each has its own table, unless one norm is asked for, into which
+all radii are then converted with their dimension factor.
 
 A row is a model; runs of one experiment that differ in their seed alone are one row. Intervals are the percentiles of a
 bootstrap that draws test images, the same for all rows, and seeds anew.
@@ -9,9 +12,10 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +23,9 @@ from numpy.typing import NDArray
 
 from lipnext import runs, systems
 from lipnext._version import __version__
+from lipnext.certificates.conversion import in_norm
 from lipnext.certificates.nearest_neighbour import NearestNeighbour
+from lipnext.core.bound import norm_label
 from lipnext.core.certificate import Certificate
 from lipnext.core.classifier import Classifier
 from lipnext.core.eps import parse_eps, parse_eps_list
@@ -36,6 +42,7 @@ from lipnext.training.progress import reporter
 EPS = "36/255,72/255,108/255,1"
 RESAMPLES = 1000
 LEVEL = 0.95
+SHORT_EPOCHS = 5
 NEAREST = "nearest neighbour"
 Matrix = NDArray[np.float64]
 
@@ -52,6 +59,7 @@ class Run:
         published: the bound that the system's own code would state over the proved one, at most 1 up to rounding; None
             where its own bound is proved too.
         attacked: what the attacks left, by name of eps, and the number of images; None where none were made.
+        converted: whether the radii were proved in another norm; attacks in that norm are left out then.
     """
 
     name: str
@@ -60,6 +68,7 @@ class Run:
     certificate: Certificate
     published: float | None = None
     attacked: dict[str, Any] | None = None
+    converted: bool = False
 
 
 def compare(
@@ -73,6 +82,8 @@ def compare(
     overrides: Sequence[str] = (),
     eps: str = EPS,
     attacked: int = 0,
+    images: int | None = None,
+    norm: float | None = None,
     nearest_neighbour: bool = True,
 ) -> dict[str, Any]:
     """Load finished runs and train the experiments that are named, then certify all on one test part.
@@ -87,21 +98,25 @@ def compare(
         overrides: "section.key=value", for each experiment.
         eps: radii of the table.
         attacked: test images to attack, 0 for none.
+        images: how many test images to certify, evenly spaced; None takes all. For certificates that take long.
+        norm: 2.0 or inf, into which all radii are converted; None keeps each in its own.
         nearest_neighbour: whether the nearest-neighbour certificate of the training part is a row.
 
     Returns:
         The document that `lipnext compare --json` prints.
 
     Raises:
-        LipnextError: one line, for mixed norms, kinds, data sets or splits too.
+        LipnextError: one line, for mixed data sets or splits too.
     """
     wanted = parse_eps_list(eps)
     if minutes is not None and epochs is not None:
         raise ConfigError("compare takes --minutes or --epochs, not both")
     if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
         raise ConfigError(f"--minutes must be above 0, got {minutes:g}")
-    if seeds < 1 or attacked < 0:
-        raise ConfigError(f"seeds must be at least 1 and attacked at least 0, got {seeds} and {attacked}")
+    if seeds < 1 or attacked < 0 or (images is not None and images < 1):
+        raise ConfigError(
+            f"seeds and images must be at least 1 and attacked at least 0, got {seeds}, {images} and {attacked}"
+        )
     _check_names(what)
     folders: list[tuple[str, Path]] = []
     for name in what:
@@ -112,10 +127,22 @@ def compare(
             experiment = runs.resolve(name, data, [*overrides, f"seed={seed}"])
             folders.append((_row_name(experiment), _trained(experiment, Path(folder), minutes, epochs)))
     splits = _common_data([path for _, path in folders], data)
+    if images is not None and images < len(splits.test):
+        chosen = torch.arange(images) * len(splits.test) // images
+        splits = replace(splits, test=splits.test.subset(chosen))
     found = [measure(name, path, splits, wanted, attacked) for name, path in folders]
-    if nearest_neighbour:
+    if nearest_neighbour and (norm is not None or any(_is_l2(run) for run in found)):
         found.append(nearest(splits))
-    return tabulate(found, splits.test, wanted)
+    if norm is not None:
+        found = [_converted(run, norm, splits.test.images[0].numel()) for run in found]
+    return {
+        "lipnext_version": __version__,
+        "torch_version": torch.__version__,
+        "n": len(splits.test),
+        "test_sha256": splits.test.sha256(),
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL},
+        "tables": [tabulate(alike, splits.test, wanted) for alike in _alike(found)],
+    }
 
 
 def measure(name: str, path: Path, splits: Splits, eps: Mapping[str, Any], attacked: int = 0) -> Run:
@@ -171,8 +198,30 @@ def nearest(splits: Splits) -> Run:
     return Run(name=NEAREST, seed=0, facts=facts, certificate=certificate)
 
 
+def _is_l2(run: Run) -> bool:
+    """Whether the nearest-neighbour certificate can stand in the same table."""
+    certificate = run.certificate
+    return (certificate.norm, certificate.kind, certificate.semantics) == (2.0, "deterministic", "real")
+
+
+def _converted(run: Run, norm: float, numbers: int) -> Run:
+    certificate = in_norm(run.certificate, norm, numbers)
+    if certificate is run.certificate:
+        return run
+    return replace(run, certificate=certificate, attacked=None, converted=True)
+
+
+def _alike(found: Sequence[Run]) -> list[list[Run]]:
+    """Runs whose radii mean the same, in the order of their first."""
+    groups: dict[tuple[float, str, str], list[Run]] = {}
+    for run in found:
+        certificate = run.certificate
+        groups.setdefault((certificate.norm, certificate.kind, certificate.semantics), []).append(run)
+    return list(groups.values())
+
+
 def tabulate(found: Sequence[Run], test: Dataset, eps: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table as plain numbers, with intervals over test images and seeds.
+    """Return a table as plain numbers, with intervals over test images and seeds; differences are to its first row.
 
     Raises:
         ConfigError: if the runs differ in norm, kind or semantics.
@@ -211,35 +260,33 @@ def tabulate(found: Sequence[Run], test: Dataset, eps: Mapping[str, Any]) -> dic
                 "lipschitz": None if bound is None else {"bound": bound.value, "proof": bound.proof},
                 "cra_published": _published_cra(group, test, eps),
                 "attacked": group[0].attacked,
+                "converted": group[0].converted,
                 "curve": _curve(group, test),
                 "model_sha256": certificate.model_sha256,
             }
         )
     return {
-        "lipnext_version": __version__,
-        "torch_version": torch.__version__,
-        "norm": "l2" if first.norm == 2 else "linf",
+        "norm": norm_label(first.norm),
         "kind": first.kind,
         "semantics": first.semantics,
-        "n": len(test),
-        "test_sha256": test.sha256(),
-        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "difference_to": names[0]},
+        "difference_to": names[0],
         "rows": rows,
     }
 
 
 def curves(document: Mapping[str, Any]) -> list[Curve]:
-    """Certified accuracy of each row, for `deployment.figures.certified_accuracy`."""
+    """Certified accuracy of each row of all tables, for `deployment.figures.certified_accuracy`, which refuses several."""
     return [
         Curve(
             name=row["name"],
             radius=np.array(row["curve"]["radius"]),
             accuracy=np.array(row["curve"]["accuracy"]),
-            norm=document["norm"],
-            kind=document["kind"],
+            norm=table["norm"],
+            kind=table["kind"],
             dashed=row["name"] == NEAREST,
         )
-        for row in document["rows"]
+        for table in document["tables"]
+        for row in table["rows"]
     ]
 
 
@@ -278,19 +325,25 @@ def _trained(experiment: Experiment, folder: Path, minutes: float | None, epochs
 
 
 def epoch_seconds(experiment: Experiment, batches: int = 12) -> float:
-    """Measure how long an epoch takes here: two short epochs on the first images, of which the second counts."""
+    """Measure how long an epoch takes here: short epochs on the first images, of which the fastest after the first counts.
+
+    Other work on the machine only ever slows one down.
+    """
     splits = load(experiment.data)
     size = experiment.train.batch_size
     few = splits.train.subset(torch.arange(min(batches * size, len(splits.train))))
     network = systems.build_network(experiment, few.shape, len(few.classes))
-    trial = experiment.override(["train.epochs=2", "train.evaluate_every=2", "train.checkpoint_every=2"])
+    trial = experiment.override(
+        [f"train.{key}={SHORT_EPOCHS}" for key in ("epochs", "evaluate_every", "checkpoint_every")]
+    )
     with tempfile.TemporaryDirectory() as folder:
         losses = systems.get(experiment.system).losses
         train_network(
             network, trial, few, splits.validation.subset(torch.arange(2)), Path(folder), losses=losses
         )
-        first, second = (event["seconds"] for event in epochs(Path(folder) / LOG))
-    return cast(float, (second - first) * len(splits.train) / len(few))
+        seconds = [event["seconds"] for event in epochs(Path(folder) / LOG)]
+    fastest: float = min(later - earlier for earlier, later in pairwise(seconds))
+    return fastest * len(splits.train) / len(few)
 
 
 def _common_data(folders: Sequence[Path], data: str | None) -> Splits:

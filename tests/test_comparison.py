@@ -135,16 +135,17 @@ def test_experiments_are_trained_certified_and_found_again(tmp_path: Path, call:
     assert code == 0
     assert "nearest neighbour" in text
     document = json.loads((tmp_path / "t.json").read_text())
-    assert [row["name"] for row in document["rows"]] == ["lipnext/tiny", "cll/tiny", "nearest neighbour"]
+    (table,) = document["tables"]
+    assert [row["name"] for row in table["rows"]] == ["lipnext/tiny", "cll/tiny", "nearest neighbour"]
     assert "<svg" in (tmp_path / "f.svg").read_text()
-    for row in document["rows"][:2]:
+    for row in table["rows"][:2]:
         run = tmp_path / f"{row['name'].replace('/', '-')}-seed0"
         result = json.loads((run / runs.RESULT).read_text())
         assert result["epochs"] == 1
         assert row["seeds"] == [0, 1]
         assert row["attacked"]["violations"] == 0
         assert row["attacked"]["n"] == 3
-    lipnext, cll, _ = document["rows"]
+    lipnext, cll, _ = table["rows"]
     assert "published" not in lipnext
     assert lipnext["cra_published"] is None
     assert 0 < cll["published"]["constant"] <= cll["lipschitz"]["bound"] * (1 + 1e-6)
@@ -152,18 +153,56 @@ def test_experiments_are_trained_certified_and_found_again(tmp_path: Path, call:
     again = sorted(str(path.parent) for path in stamps)
     code, text, _ = call("compare", *again, "--no-nearest-neighbour", "--json")
     assert code == 0
-    assert {tuple(row["seeds"]) for row in json.loads(text)["rows"]} == {(0, 1)}
-    assert len(json.loads(text)["rows"]) == 2
+    (table,) = json.loads(text)["tables"]
+    assert {tuple(row["seeds"]) for row in table["rows"]} == {(0, 1)}
+    assert len(table["rows"]) == 2
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
     with pytest.raises(ConfigError, match="holds a run of another experiment; choose another --folder"):
         compare(["lipnext/tiny"], epochs=1, folder=tmp_path, overrides=["optim.lr=0.1"])
+
+
+def test_each_norm_has_its_table_and_one_norm_only_on_request(tmp_path: Path, call: Call) -> None:
+    words = [
+        "compare",
+        "cll/tiny",
+        "nemon/tiny",
+        "--epochs",
+        "1",
+        "--folder",
+        str(tmp_path),
+        "--images",
+        "20",
+    ]
+    code, text, _ = call(*words, "--json")
+    assert code == 0
+    document = json.loads(text)
+    found = [(t["norm"], [row["name"] for row in t["rows"]]) for t in document["tables"]]
+    assert found == [("l2", ["cll/tiny", "nearest neighbour"]), ("linf", ["nemon/tiny"])]
+    assert document["n"] == 20
+    code, text, _ = call(*words, "--norm", "linf", "--json")
+    (table,) = json.loads(text)["tables"]
+    rows = {row["name"]: row for row in table["rows"]}
+    assert table["norm"] == "linf"
+    assert {name: row["converted"] for name, row in rows.items()} == {
+        "cll/tiny": True,
+        "nemon/tiny": False,
+        "nearest neighbour": True,
+    }
+    before = document["tables"][0]["rows"][0]
+    assert rows["cll/tiny"]["acr"] == pytest.approx(before["acr"] / 8, rel=1e-12)  # 64 pixels
+    assert rows["nemon/tiny"]["acr"] == document["tables"][1]["rows"][0]["acr"]
+    code, text, _ = call(*words, "--norm", "l2")
+    assert "converted from another norm: nemon/tiny" in text
+    code, _, error = call(*words, "--figure", str(tmp_path / "f.svg"))
+    assert code == 2
+    assert "radii of another norm cannot be compared, draw them apart" in error
 
 
 def test_a_time_budget_becomes_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < epoch_seconds(runs.resolve("cll/tiny")) < 60
     monkeypatch.setattr(comparison, "epoch_seconds", lambda experiment: 2.9)
     document = compare(["cll/tiny"], minutes=0.1, folder=tmp_path, nearest_neighbour=False)
-    assert document["rows"][0]["epochs"] == 2
+    assert document["tables"][0]["rows"][0]["epochs"] == 2
 
 
 def test_runs_of_other_data_or_splits_are_refused(tmp_path: Path) -> None:
@@ -182,7 +221,12 @@ def test_runs_of_other_data_or_splits_are_refused(tmp_path: Path) -> None:
         (["lipnext/tniy"], "unknown experiment"),
         (["cll/tiny", "--minutes", "1", "--epochs", "1"], "--minutes or --epochs, not both"),
         (["cll/tiny", "--minutes", "0"], "--minutes must be above 0, got 0"),
-        (["cll/tiny", "--seeds", "0"], "seeds must be at least 1"),
+        (["cll/tiny", "--seeds", "0"], "seeds and images must be at least 1"),
+        (["cll/tiny", "--images", "0"], "seeds and images must be at least 1"),
+        (
+            ["cll/tiny", "--norm", "l3"],
+            "--norm must be l2 or linf, got 'l3'; leave it out to keep every radius",
+        ),
         (["cll/tiny", "--out", "t.txt"], "--out must end in .json, got 't.txt'"),
         (["cll/tiny", "--figure", "no/such/f.svg"], "--figure: the folder"),
         (["cll/tiny", "--eps", "36"], "eps"),

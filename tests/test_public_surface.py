@@ -65,6 +65,8 @@ COMMANDS = {
         "--set",
         "--eps",
         "--attacked",
+        "--images",
+        "--norm",
         "--nearest-neighbour",
         "--no-nearest-neighbour",
         "--out",

@@ -32,6 +32,7 @@ PROOFS: dict[str, str] = {
     "1 / (1 - max(mu, 0))-Lipschitz in v in linf.",
     "comparison": "The solution of z = relu(A z + B x + b), mu(A) < 1, moves by at most h ||x - x'|| in linf, unit by unit, "
     "for any h with (1 - a_ii) h_i >= sum_{j != i} |a_ij| h_j + sum_j |b_ij|.",
+    "equivalent-norms": "A constant in linf is one in l2, and one in l2 times the root of the number of inputs is one in linf.",
     "row-sum": "In linf the constant of a matrix is its largest absolute row sum, rounded up.",
     "nearest-neighbour": "The distance to a fixed point set is 1-Lipschitz by the triangle inequality.",
 }

@@ -21,6 +21,9 @@ from lipnext.core.rounding import fraction_down
 
 Semantics = Literal["real", "deployed"]
 
+ABSTAIN = -1
+"""The label of a sample to which a probabilistic certificate gives no class; never right."""
+
 
 # Without eq=False the generated comparison would ask a tensor for one truth value.
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +31,7 @@ class Certificate:
     """For each of n samples: no change of the image with norm at most `radius` changes `label`.
 
     Attributes:
-        label: int64 (n,), the predicted class.
+        label: int64 (n,), the predicted class; `ABSTAIN`, with radius 0, only where probabilistic.
         radius: float64 (n,), proved lower bounds in pixel units of images in [0, 1]; 0 where none is.
         norm: 2.0 or inf, the norm in which `radius` is meant.
         kind: whether the radius holds for certain or with `confidence`.
@@ -38,7 +41,7 @@ class Certificate:
         arithmetic: of that program, "float64", "float32" or "float16"; what computes the margins is always float64.
         slack: float64 (n,), the bound on the floating-point error that was subtracted from the margin.
         margin: float64 (n,), computed logit of the label less the closest rival, before the slack; 0 where a
-            logit is not finite.
+            logit is not finite. Where probabilistic, the radius at the place of the noise.
         lipschitz: the proved bound behind the radius; needed where deterministic.
         rival: int64 (n,), the class whose boundary the bound puts nearest, for people to look at; None where not told.
         per_image: whether a proof of its own for each image may have raised the radius above what margin and `lipschitz`
@@ -86,6 +89,13 @@ class Certificate:
                 raise UnsoundError(f"certificate: {name} must be finite; put 0 where nothing is proved")
             if name != "margin" and bool((value < 0).any()):
                 raise UnsoundError(f"certificate: {name} must not be negative; put 0 where nothing is proved")
+        none = self.label < 0
+        allowed = (self.label == ABSTAIN) & (self.radius == 0) & (self.kind == "probabilistic")
+        if bool((none & ~allowed).any()):
+            raise UnsoundError(
+                f"certificate: a label must be a class, or {ABSTAIN} with radius 0 in a probabilistic one, got "
+                f"{int(self.label.min())}"
+            )
 
     def _check_evidence(self) -> None:
         if self.kind not in ("deterministic", "probabilistic"):
@@ -187,6 +197,8 @@ class Certificate:
             "lipschitz": None if bound is None else {"bound": bound.value, "proof": bound.proof},
             "norm": norm_label(self.norm),
             "kind": self.kind,
+            "confidence": self.confidence,
+            "abstained": int((self.label == ABSTAIN).sum()),
             "semantics": self.semantics,
             "arithmetic": self.arithmetic,
             "margin": self.margin.median().item(),

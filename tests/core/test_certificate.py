@@ -132,6 +132,26 @@ def test_unsound_records_are_refused(changes: dict[str, Any], message: str) -> N
         certificate(**({"radius": float64(*RADII)} | changes) if "radius" not in changes else changes)
 
 
+def test_an_abstention_is_probabilistic_has_no_radius_and_counts_as_wrong() -> None:
+    votes = {"kind": "probabilistic", "confidence": 0.999}
+    label, radius = torch.tensor([0, -1, -1, 1]), float64(0.5, 0.0, 0.0, 0.4)
+    cert = certificate(label=label, radius=radius, **votes)
+    truth = torch.tensor([0, 0, 1, 1])
+    assert cert.clean_accuracy(truth) == 0.5
+    assert cert.accuracy_at("0.1", truth) == 0.5
+    assert cert.acr(truth) == pytest.approx(0.9 / 4)
+    assert cert.summary(truth, {})["abstained"] == 2
+    for bad in (
+        {"label": label, "radius": radius},
+        {"label": label, "radius": float64(0.5, 0.1, 0.0, 0.4), **votes},
+        {"label": label - 1, "radius": radius, **votes},
+    ):
+        with pytest.raises(
+            UnsoundError, match=r"label must be a class, or -1 with radius 0 in a probabilistic"
+        ):
+            certificate(**bad)
+
+
 def test_a_probabilistic_radius_needs_no_lipschitz_bound() -> None:
     cert = certificate(kind="probabilistic", confidence=0.999, lipschitz=None)
     assert cert.summary(LABELS, {})["lipschitz"] is None
@@ -181,6 +201,8 @@ def test_summary_has_the_keys_of_the_command_line() -> None:
         "lipschitz": {"bound": 1.0, "proof": "product"},
         "norm": "l2",
         "kind": "deterministic",
+        "confidence": 1.0,
+        "abstained": 0,
         "semantics": "real",
         "arithmetic": "float64",
         "margin": certificate().margin.median().item(),
