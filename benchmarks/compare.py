@@ -18,6 +18,7 @@ from lipnext.comparison import compare
 SYSTEMS = {
     "fashion-mnist": [
         "lipnext/fashion-mnist-cpu",
+        "lipnext/fashion-mnist-cpu-robust",
         "liresnet/fashion-mnist-cpu",
         "bronet/fashion-mnist-cpu",
         "cll/fashion-mnist-cpu",

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/findings.md and the picture from the JSON files under benchmarks/results.
+"""Write the tables of README.md and of the pages under docs/ and the picture from the JSON files under benchmarks/results.
 
     python benchmarks/readme.py            # writes
     python benchmarks/readme.py --check    # exit 1 if a page says something else
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("ablations", "findings", "export", "zoo", "systems")),
+    *sorted((ROOT / "docs").glob("*.md")),
 )
 ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust")
 BASELINES = ("digits", "fashion-mnist-cpu", "cifar10-cpu")
@@ -252,6 +252,34 @@ def zoo_table() -> str:
     return "\n".join(lines)
 
 
+def certificate_table() -> str:
+    """The packaged digits' `certificate.json`: every field, lists by their shape."""
+    document = json.loads(
+        (ROOT / "lipnext" / "zoo" / "digits" / "certificate.json").read_text(encoding="utf-8")
+    )
+    lines = ["| field | in `digits` |", "|---|---|"]
+    for name, value in document.items():
+        if name in ("lipschitz", "input"):
+            shown = ", ".join(f"{key} {json.dumps(part)}" for key, part in value.items())
+        elif name == "layers":
+            shown = f"{len(value)} layers, the first: " + ", ".join(
+                f"{k} {json.dumps(v)}" for k, v in value[0].items()
+            )
+        elif name == "ball_error":
+            shown = ", ".join(f"{key}: a table {shape(table)}" for key, table in value.items())
+        elif isinstance(value, list) and isinstance(value[0], list):
+            shown = f"a table {shape(value)}"
+        else:
+            shown = f"`{value if isinstance(value, str) else json.dumps(value)}`"
+        lines.append(f"| `{name}` | {shown} |")
+    return "\n".join(lines)
+
+
+def shape(table: list[list[float]]) -> str:
+    """Sides and largest entry of a table of pairs of classes."""
+    return f"{len(table)} x {len(table[0])}, largest about {max(max(row) for row in table):.3g}"
+
+
 def export_table() -> str:
     """Packaged models in onnxruntime, on whole test parts."""
     lines = [
@@ -305,7 +333,10 @@ def comparison_table() -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines).rstrip("\n")
+    return (
+        "\n".join(lines).rstrip("\n")
+        or "Not measured yet: `benchmarks/compare.py` writes what this table is made from."
+    )
 
 
 def published_table() -> str:
@@ -376,6 +407,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "neighbours": neighbours_table,
     "dense": dense_table,
     "zoo": zoo_table,
+    "certificate": certificate_table,
     "export": export_table,
     "comparison": comparison_table,
     "published": published_table,

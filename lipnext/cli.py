@@ -504,6 +504,29 @@ def compare(
 
 
 @app.command()
+def plan(
+    what: Annotated[str, typer.Argument(help="An experiment, such as imagenet-1b, or a YAML file.")],
+    gpus: Annotated[int, typer.Option(help="Devices, each with one process.")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, or cpu: this machine, measured.")] = "h100",
+    data: Data = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="section.key=value, such as train.accumulate=2; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate memory, communication and time of a training before it is started."""
+    from lipnext import planning, runs
+
+    changes = ["train.device=cpu", *(overrides or [])]  # planned here, whatever it is to run on
+    document = planning.plan(runs.resolve(what, data, changes), gpus=gpus, gpu=gpu, data=data)
+    if as_json:
+        _print_json(document)
+    else:
+        _print_plan(document)
+
+
+@app.command()
 def serve(
     run: Annotated[str, typer.Argument(help="A run folder, or any folder with a bundle.")],
     host: Annotated[
@@ -625,6 +648,45 @@ def _print_summary(result: dict[str, Any], title: str) -> None:
         f"Lipschitz bound {round_up(bound['bound'], 9)} "
         f"(proved: {bound['proof']}), weights {result['model_sha256'][:12]}",
         highlight=False,
+    )
+
+
+def _print_plan(document: dict[str, Any]) -> None:
+    """Sizes in GiB of one rank."""
+    gib = 2**30
+    sizes = "  ".join(f"{name} {size / gib:.2f}" for name, size in document["bytes"].items())
+    title = f"{document['preset'] or document['system']} on {document['devices']} x {document['device']}"
+    names = (
+        "train.activations",
+        "stored GiB",
+        "in all GiB",
+        "fits",
+        "passes s",
+        "manifold s",
+        "waiting s",
+        "step s",
+    )
+    table = Table(*names, "epoch h", "device h", title=title, title_justify="left")
+    for mode, row in document["activations"].items():
+        seconds = (f"{row['seconds'][key]:.3g}" for key in ("passes", "manifold", "waiting", "step"))
+        table.add_row(
+            mode,
+            f"{row['activations'] / gib:.2f}",
+            f"{row['memory'] / gib:.2f}",
+            "yes" if row["fits"] else "no",
+            *seconds,
+            f"{row['epoch_hours']:.3g}",
+            f"{row['epoch_device_hours']:.3g}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    console.print(
+        f"{document['parameters']:,} parameters, {document['flops_per_image'] / 1e9:.4g} GFLOP an image, "
+        f"{document['images_per_pass']} images a pass; GiB: {sizes}; sent {document['sent_per_step'] / gib:.2f} GiB a step. "
+        f"Estimates: {100 * document['efficiency_assumed']:.0f} % of the published rates are assumed to be reached."
+        if document["device"] != "cpu"
+        else f"{document['parameters']:,} parameters, {document['flops_per_image'] / 1e9:.4g} GFLOP an image; GiB: {sizes}. "
+        "Estimates from rates measured on this machine."
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from lipnext.core.errors import BundleError, ConfigError, TrainingError
 from lipnext.core.experiment import DataSpec, Experiment
 from lipnext.core.files import atomic_write, write_json
 from lipnext.core.seed import generator
+from lipnext.core.world import join
 from lipnext.data.batches import count_batches
 from lipnext.data.dataset import Dataset
 from lipnext.data.dataset import load as load_data
@@ -34,10 +36,10 @@ from lipnext.deployment.hub import check_repository, upload
 from lipnext.deployment.locate import locate
 from lipnext.deployment.publish import stage
 from lipnext.deployment.vnnlib import query
-from lipnext.training.loop import resolve_precision
+from lipnext.training.loop import check_parts, resolve_precision
 from lipnext.training.loop import train as train_network
 from lipnext.training.objective import Objective
-from lipnext.training.progress import reporter
+from lipnext.training.progress import Silent, reporter
 
 ANALYSED_AT_ONCE = 8
 EXPERIMENT, RESULT = "experiment.yaml", "result.json"
@@ -76,7 +78,8 @@ def train(
 ) -> dict[str, Any]:
     """Train, prove the bounds, write the bundle, certify the test part once.
 
-    Goes on where an earlier call with the same arguments was interrupted.
+    Goes on where an earlier call with the same arguments was interrupted. Under torchrun all processes train together; the
+    first one writes, proves and certifies.
 
     Args:
         what: an experiment, its name, or its YAML file.
@@ -86,7 +89,8 @@ def train(
         tensorboard: mirror the log for TensorBoard.
 
     Returns:
-        The content of `result.json`: clean, cra, acr, minutes and what they were obtained by.
+        The content of `result.json`: clean, cra, acr, minutes and what they were obtained by. Nothing on any process
+        but the first.
 
     Raises:
         LipnextError: one line that says what to do.
@@ -94,25 +98,31 @@ def train(
     """
     experiment = resolve(what, data, overrides)
     folder = Path(out)
-    is_new = _check_free(folder, experiment)
-    splits = load_data(experiment.data)
-    network = systems.build_network(experiment, splits.train.shape, len(splits.train.classes))
-    losses = systems.get(experiment.system).losses
-    Objective(experiment.loss, losses)  # a loss that does not exist is refused before the folder is made
-    if is_new:
-        _claim(folder, experiment)
-    steps = experiment.train.epochs * count_batches(len(splits.train), experiment.train.batch_size)
-    with reporter(f"training {experiment.preset or experiment.system}", steps) as progress:
-        final, counters = train_network(
-            network,
-            experiment,
-            splits.train,
-            splits.validation,
-            folder,
-            losses=losses,
-            reporter=progress,
-            tensorboard=tensorboard,
-        )
+    with join(experiment.train.device) as world:
+        is_new = world.first(lambda: _check_free(folder, experiment))
+        splits = load_data(experiment.data)
+        network = systems.build_network(experiment, splits.train.shape, len(splits.train.classes))
+        losses = systems.get(experiment.system).losses
+        Objective(experiment.loss, losses)  # a loss that does not exist is refused before the folder is made
+        check_parts(network, experiment, len(splits.train), world)
+        if is_new:
+            world.first(lambda: _claim(folder, experiment))
+        steps = experiment.train.epochs * count_batches(len(splits.train), experiment.train.batch_size)
+        title = f"training {experiment.preset or experiment.system}"
+        with reporter(title, steps) if world.is_first else nullcontext(Silent()) as progress:
+            final, counters = train_network(
+                network,
+                experiment,
+                splits.train,
+                splits.validation,
+                folder,
+                losses=losses,
+                reporter=progress,
+                tensorboard=tensorboard,
+                world=world,
+            )
+    if not world.is_first:
+        return {}
     save_bundle(final, experiment, splits.train.classes, folder)
     certificate, test = certify_run(folder, test=splits.test)
     result = {
@@ -123,6 +133,7 @@ def train(
         "minutes": round(counters.seconds / 60, 2),
         "epochs": experiment.train.epochs,
         "precision": experiment.train.precision,
+        "processes": world.size,
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in network.parameters()),
         "experiment_digest": experiment.digest(),
@@ -140,7 +151,8 @@ def load(path: str | Path) -> Classifier:
         path: a folder, the name of a packaged model, or "hf:owner/name[@revision]".
 
     Raises:
-        BundleError: as `deployment.bundle.load_bundle` and `deployment.locate.locate`.
+        BundleError: where nothing of that name is there or can be fetched, or a file is missing, damaged, changed since it was
+            certified, or written by a newer version.
     """
     return load_bundle(locate(path))
 
@@ -152,7 +164,7 @@ def certify_run(
     semantics: Semantics | None = None,
     arithmetic: str | None = None,
 ) -> tuple[Certificate, Dataset]:
-    """Certify a test part with a finished run.
+    """Certify a test part with a finished run, or as many of its images as the experiment's `certify.images` says.
 
     Args:
         path: run folder.
@@ -165,6 +177,9 @@ def certify_run(
         The certificate and the test part it speaks of.
     """
     model, experiment, test = _open(locate(path), data, test)
+    wanted = experiment.certify.images
+    if wanted is not None and wanted < len(test):
+        test = test.subset(torch.arange(wanted) * len(test) // wanted)
     with reporter("certifying", len(test)) as progress:
         certificate = model.certify(
             test.float_images(),

@@ -35,6 +35,8 @@ KEYS = [
     "lipschitz",
     "norm",
     "kind",
+    "confidence",
+    "abstained",
     "semantics",
     "arithmetic",
     "margin",

@@ -1,21 +1,36 @@
-"""The prose holds: the README's numbers are those of the JSON files, the worked example runs, the benchmarks answer."""
+"""The prose holds: its numbers are those of the JSON files, its Python runs, its links lead somewhere, the site builds."""
 
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
+import pydoc
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import lipnext
 from lipnext import systems
+from lipnext.core.experiment import DataSpec
+from lipnext.data.dataset import load as load_data
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN_ELSEWHERE = {
+    "add-a-system.md": "test_docs.py",
+    "export.md": "deployment/test_export.py",
+}
+"""Pages whose Python is dropped in as a file, or needs another extra, by the test that runs it."""
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -37,17 +52,162 @@ def test_result_files_carry_what_a_reader_needs() -> None:
         assert result["clean"] >= result["cra"]["36/255"] >= result["cra"]["108/255"]
 
 
-def test_local_links_of_the_prose_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def blocks(page: Path) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Names under which the headings of a page can be linked to."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Local targets of a page that do not exist: files, and headings within pages."""
+    dead = []
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_local_links_of_the_prose_lead_somewhere(page: Path) -> None:
+    assert dead_links(page) == []
+
+
+def test_a_dead_link_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("# A heading, with `code`\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](there.md) [b](gone.md) [c](there.md#a-heading-with-code) [d](there.md#other) [e](https://x.org) [f](#g)"
+    )
+    assert dead_links(page) == ["gone.md", "there.md#other", "#g"]
+
+
+def test_every_page_is_linked_from_the_readme_and_in_the_navigation() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"](docs/{page.name})" in readme, page.name
+        assert f" {page.name}\n" in site, page.name
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    directives = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    for name in dir(lipnext):
+        assert f"lipnext.{name}" in directives or f"`lipnext.{name}`" in page, name
+    for path in directives:
+        assert inspect.getdoc(pydoc.locate(path)), f"{path} is not there or says nothing"
+
+
+@pytest.fixture
+def beside_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What pages take for granted: a trained run, a folder of pictures, and `images` with `labels` in memory."""
+    shutil.copytree(ROOT / "lipnext" / "zoo" / "digits", tmp_path / "runs" / "digits")
+    (tmp_path / "pictures").mkdir()
+    rng = torch.Generator().manual_seed(0)
+    for k, sides in enumerate([(28, 28), (60, 40), (100, 100)]):
+        pixels = torch.randint(256, sides, generator=rng, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)  # as for a reader; the tests' own is float64
+    test = load_data(DataSpec(name="digits")).test
+    return {"images": test.float_images(slice(16)), "labels": test.labels[:16]}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if blocks(page) and page.name not in RUN_ELSEWHERE],
+    ids=lambda page: page.name,
+)
+def test_the_python_of_a_page_runs(
+    page: Path, beside_the_reader: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From top to bottom in one namespace, as a reader would type it."""
+    names = dict(beside_the_reader)
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+    if page.name in CHECKS:
+        CHECKS[page.name](names, capsys.readouterr().out)
+
+
+def check_own_images(names: dict[str, Any], printed: str) -> None:
+    lines = printed.splitlines()
+    assert [line.split()[0] for line in lines] == ["0.png", "1.png", "2.png"]
+    told = [float(line.split()[-1]) for line in lines]
+    for radius, proved in zip(told, names["cert"].radius.tolist(), strict=True):
+        assert proved - 1e-4 <= radius <= proved
+    assert len(Path("radii.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    [page] = (page for page in PAGES if page.name == "own-images.md")
+    assert len([line for line in blocks(page)[0].splitlines() if line]) == 10  # as its title says
+
+
+def check_bring_your_own(names: dict[str, Any], printed: str) -> None:
+    assert len(names["certificate"]) == 4
+    assert len(names["deployed"].certify(names["images"])) == 4
+
+
+def check_read_a_certificate(names: dict[str, Any], printed: str) -> None:
+    """The radius by hand is the certified one, and every field is explained."""
+    certified = lipnext.load("digits").certify(names["images"]).radius.numpy()
+    assert (certified > 0).any()
+    # the library rounds down a dozen operations, and logits of another order of summation differ by 1e-14
+    assert np.abs(names["by_hand"] - certified).max() < 1e-12
+    [page] = (page for page in PAGES if page.name == "read-a-certificate.md")
+    text = page.read_text(encoding="utf-8")
+    values = re.search(r"<!-- table certificate -->.*?<!-- /table -->", text, re.DOTALL)
+    assert values
+    explained = re.findall(
+        r"`(\w+)`", " ".join(re.findall(r"^\| ([^|]*) \|", text.replace(values[0], ""), re.MULTILINE))
+    )
+    document = json.loads(
+        (ROOT / "lipnext" / "zoo" / "digits" / "certificate.json").read_text(encoding="utf-8")
+    )
+    for field in [*document, *names["record"]]:
+        assert field in explained, field
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], str], None]] = {
+    "own-images.md": check_own_images,
+    "bring-your-own.md": check_bring_your_own,
+    "read-a-certificate.md": check_read_a_certificate,
+}
+
+
+def test_python_that_runs_elsewhere_does() -> None:
+    for name, file in RUN_ELSEWHERE.items():
+        assert name in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_asks_the_network_for_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (extra: docs)")
+    pytest.importorskip("material", reason="mkdocs-material is not installed (extra: docs)")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed (extra: docs)")
+    done = run("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
+    pages = sorted((tmp_path / "site").glob("*.html"))
+    assert {page.stem for page in pages} >= {page.stem for page in (ROOT / "docs").glob("*.md")}
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        assert not re.findall(
+            r"<(?:script|img|link|iframe)[^>]*?(?:src|href)=\"?(?:https?:)?//[^\">]*", html
+        ), page
+    api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    for name in dir(lipnext):
+        assert name == "__version__" or f'id="lipnext.{name}"' in api, name
 
 
 @pytest.fixture
 def worked_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Drop the file of the prose beside the other systems."""
-    text = (ROOT / "docs" / "add-a-system.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = blocks(ROOT / "docs" / "add-a-system.md")
     (tmp_path / "sandwich.py").write_text(code)
     assert "sandwich" not in systems.list_systems()
     monkeypatch.setattr(systems, "__path__", [*systems.__path__, str(tmp_path)])

@@ -1,9 +1,7 @@
 """`lipnext certify --model` and `lipnext doctor MODEL`."""
 
 import json
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -90,13 +88,3 @@ def test_bad_input_is_one_line(arguments: list[str], words: str, factories: str)
     with pytest.raises(ConfigError, match=words) as caught:
         run(*(argument.replace("HERE", factories) for argument in arguments))
     assert "\n" not in str(caught.value)
-
-
-def test_the_page_on_networks_of_ones_own_runs() -> None:
-    page = Path(__file__).resolve().parent.parent / "docs" / "bring-your-own.md"
-    code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert code
-    namespace: dict[str, Any] = {}
-    exec(code.group(1), namespace)
-    assert len(namespace["certificate"]) == 4
-    assert len(namespace["deployed"].certify(namespace["images"])) == 4

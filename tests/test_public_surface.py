@@ -73,6 +73,7 @@ COMMANDS = {
         "--figure",
         "--json",
     ],
+    "plan": ["what", "--gpus", "--gpu", "--data", "--set", "--json"],
     "serve": ["run", "--host", "--port", "--abstain-below", "--token-file"],
     "doctor": ["model", "--shape", "--json"],
 }

@@ -93,9 +93,9 @@ def test_what_cannot_be_resolved_is_one_line(what: str, overrides: list[str], me
 def test_a_run_leaves_its_folder_and_its_result(finished: Path) -> None:
     assert sorted(p.name for p in finished.iterdir()) == sorted([*FILES, "checkpoints"])
     result = json.loads((finished / "result.json").read_text())
-    assert list(result)[:12] == [
-        "n", "clean", "cra", "acr", "lipschitz", "norm", "kind", "semantics", "arithmetic", "margin", "float_error",
-        "model_sha256",
+    assert list(result)[:14] == [
+        "n", "clean", "cra", "acr", "lipschitz", "norm", "kind", "confidence", "abstained", "semantics",
+        "arithmetic", "margin", "float_error", "model_sha256",
     ]  # fmt: skip
     assert result["n"] == 359
     assert list(result["cra"]) == ["36/255", "72/255", "108/255"]

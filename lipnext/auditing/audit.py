@@ -226,6 +226,11 @@ def audit(
         raise UnsoundError(f"an audit needs a LipschitzNetwork, got a {type(net).__name__}")
     if len(images) == 0:
         raise DataError("an audit needs at least one image")
+    if model.certify(images[:0]).kind != "deterministic":
+        raise UnsoundError(
+            "an audit holds one network against its certificate; the label of a smoothed classifier is a vote of many noisy "
+            "evaluations, and its radii may fail with probability alpha: certify it again with another model.seed"
+        )
     certificate = _on_cpu(model.certify(images))
     clean = certificate.clean_accuracy(truth)  # checks the labels before anything takes long
     frozen = net.materialise()

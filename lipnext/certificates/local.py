@@ -22,6 +22,7 @@ reach from the global constant.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +32,10 @@ from torch import Tensor, nn
 from lipnext.bounds.ball_box import ball_box_bound
 from lipnext.bounds.masked import masked_absolute_bounds, masked_gram_bounds
 from lipnext.certificates.margin import MarginCertifier
+from lipnext.core.bound import LipschitzBound
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.local import Stage, stages
+from lipnext.core.network import LipschitzNetwork
 from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, sqrt_up, tensor_down, tensor_up
 
 _U = UNIT_ROUNDOFF[torch.float64]
@@ -101,7 +104,96 @@ class _Proved:
         return bound.clamp_max(self.bound)
 
 
-class LocalCertifier:
+class LocalBody:
+    """Follows a ball and a box around each image through a body of affine and monotone layers (`lipnext.core.local`).
+
+    Args:
+        network: materialised, in float64.
+        bounds: of its layers, by name.
+
+    Raises:
+        UnsoundError: for a layer of another kind.
+    """
+
+    def __init__(self, network: LipschitzNetwork, bounds: Mapping[str, LipschitzBound]) -> None:
+        self.network = network
+        self.first, chain = stages(network)
+        self.proved = self._prove(chain, bounds)
+
+    def hidden(self, images: Tensor) -> list[Tensor]:
+        """What every affine layer returns for the images themselves."""
+        x, outputs = self._start(images), []
+        for stage in (p.stage for p in self.proved):
+            outputs.append(stage.affine(x))
+            x = stage.activate(outputs[-1])
+        return outputs
+
+    def reach(self, images: Tensor, hidden: list[Tensor], eps: Tensor) -> Tensor:
+        """Bound `||f(x') - f(x)||` for the features f and all x' within `eps (n,)` of each image, `(n,)`, rounded up.
+
+        Args:
+            images: float64.
+            hidden: of these images, from `hidden`.
+            eps: at least 0.
+        """
+        return self._propagate(images, hidden, eps)[0]
+
+    def _prove(self, chain: list[Stage], bounds: Mapping[str, LipschitzBound]) -> list[_Proved]:
+        """Prove what holds for all images, layer by layer."""
+        state = RoundingState(norm=sqrt_up(float(math.prod(self.network.input_shape))), error=0.0, unit=_U)
+        like = torch.zeros(1, *self.network.input_shape, dtype=torch.float64)
+        for layer in self.first:
+            state, like = layer.rounding(state), layer(like)
+        proved = []
+        for stage in chain:
+            state = stage.affine.rounding(state)
+            weight = stage.affine.weight.detach()
+            proved.append(
+                _Proved(
+                    stage=stage,
+                    bound=bounds[stage.name].value,
+                    error=state.error,
+                    sizes=weight.abs(),
+                    squares=weight.square(),
+                    matrix=_matrix(stage, like.to(weight.device)),
+                )
+            )
+            like = stage.activate(stage.affine(like.to(weight.device)))
+            for layer in stage.monotone:
+                state = layer.rounding(state)
+        return proved
+
+    def _start(self, images: Tensor) -> Tensor:
+        """Apply what comes before the first affine layer."""
+        for layer in self.first:
+            images = layer(images)
+        return images
+
+    def _propagate(self, images: Tensor, hidden: list[Tensor], eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the reach `(n,)` behind the last stage, and the box around the features as offsets `(n, C)`."""
+        reach, box = eps, None
+        varying = torch.ones_like(self._start(images), dtype=torch.bool)
+        for proved, centre in zip(self.proved, hidden, strict=True):
+            stage = proved.stage
+            width = reach.view(-1, *[1] * (centre.dim() - 1)) * proved.row_norms(varying)
+            width = (width + proved.error) * add_up(1.0, gamma(8, _U))
+            below, above = tensor_down(centre - width), tensor_up(centre + width)
+            if box is not None:  # around the image itself nothing is known but the ball
+                lower, upper = proved.box(*box)
+                below, above = torch.maximum(below, lower), torch.minimum(above, upper)
+            box = lower, upper = stage.activate(below), stage.activate(above)
+            before, varying = varying, lower < upper
+            reach = tensor_up(reach * proved.norm(stage.feeds(varying, centre), before))
+        features, error = stage.activate(centre), proved.error
+        keep = varying.double()
+        return (
+            reach,
+            tensor_down(tensor_down(lower - features) - error) * keep,
+            tensor_up(tensor_up(upper - features) + error) * keep,
+        )
+
+
+class LocalCertifier(LocalBody):
     """Certifies batches of images with a network frozen at construction, image by image.
 
     Args:
@@ -118,9 +210,7 @@ class LocalCertifier:
         self, network: nn.Module, semantics: Semantics = "real", arithmetic: str = "float64"
     ) -> None:
         self.margin = MarginCertifier(network, semantics, arithmetic)
-        self.network = self.margin.network
-        self.first, chain = stages(self.network)
-        self.proved = self._prove(chain)
+        super().__init__(self.margin.network, dict(self.margin.evidence.layers))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Certificate:
@@ -151,32 +241,6 @@ class LocalCertifier:
         }
         return stated
 
-    def _prove(self, chain: list[Stage]) -> list[_Proved]:
-        """Prove what holds for all images, layer by layer."""
-        bounds = dict(self.margin.evidence.layers)
-        state = RoundingState(norm=sqrt_up(float(math.prod(self.network.input_shape))), error=0.0, unit=_U)
-        like = torch.zeros(1, *self.network.input_shape, dtype=torch.float64)
-        for layer in self.first:
-            state, like = layer.rounding(state), layer(like)
-        proved = []
-        for stage in chain:
-            state = stage.affine.rounding(state)
-            weight = stage.affine.weight.detach()
-            proved.append(
-                _Proved(
-                    stage=stage,
-                    bound=bounds[stage.name].value,
-                    error=state.error,
-                    sizes=weight.abs(),
-                    squares=weight.square(),
-                    matrix=_matrix(stage, like.to(weight.device)),
-                )
-            )
-            like = stage.activate(stage.affine(like.to(weight.device)))
-            for layer in stage.monotone:
-                state = layer.rounding(state)
-        return proved
-
     def _radius(self, images: Tensor, certificate: Certificate) -> Tensor:
         """Raise the global radius: double it while that is proved, then bisect; every radius returned was proved."""
         proved = certificate.radius.clone()
@@ -202,17 +266,8 @@ class LocalCertifier:
 
     def _outputs(self, images: Tensor) -> list[Tensor]:
         """What every affine layer returns for the images themselves, and the logits."""
-        x, outputs = self._start(images), []
-        for stage in (p.stage for p in self.proved):
-            outputs.append(stage.affine(x))
-            x = stage.activate(outputs[-1])
-        return [*outputs, self.network.head(x)]
-
-    def _start(self, images: Tensor) -> Tensor:
-        """Apply what comes before the first affine layer."""
-        for layer in self.first:
-            images = layer(images)
-        return images
+        hidden = self.hidden(images)
+        return [*hidden, self.network.head(self.proved[-1].stage.activate(hidden[-1]))]
 
     def _holds(self, images: Tensor, label: Tensor, outputs: list[Tensor], eps: Tensor) -> Tensor:
         """Return whether no point of the closed ball of `eps (n,)` around each image gets another label."""
@@ -226,29 +281,6 @@ class LocalCertifier:
             shift = ball_box_bound(rows[rival] - rows[label], reach, lower, upper)
             holds &= (shift < room[:, rival]) | (label == rival)
         return holds
-
-    def _propagate(self, images: Tensor, hidden: list[Tensor], eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the reach `(n,)` behind the last stage, and the box around the features as offsets `(n, C)`."""
-        reach, box = eps, None
-        varying = torch.ones_like(self._start(images), dtype=torch.bool)
-        for proved, centre in zip(self.proved, hidden, strict=True):
-            stage = proved.stage
-            width = reach.view(-1, *[1] * (centre.dim() - 1)) * proved.row_norms(varying)
-            width = (width + proved.error) * add_up(1.0, gamma(8, _U))
-            below, above = tensor_down(centre - width), tensor_up(centre + width)
-            if box is not None:  # around the image itself nothing is known but the ball
-                lower, upper = proved.box(*box)
-                below, above = torch.maximum(below, lower), torch.minimum(above, upper)
-            box = lower, upper = stage.activate(below), stage.activate(above)
-            before, varying = varying, lower < upper
-            reach = tensor_up(reach * proved.norm(stage.feeds(varying, centre), before))
-        features, error = stage.activate(centre), proved.error
-        keep = varying.double()
-        return (
-            reach,
-            tensor_down(tensor_down(lower - features) - error) * keep,
-            tensor_up(tensor_up(upper - features) + error) * keep,
-        )
 
 
 def _matrix(stage: Stage, like: Tensor) -> Tensor | None:

@@ -121,6 +121,14 @@ class TrainSpec(_Section):
 
     epochs: AtLeastOne = 10
     batch_size: AtLeastOne = 256
+    """Images between two steps, of all processes together."""
+    accumulate: AtLeastOne = 1
+    """Parts of the batch that each process sends through the network one after the other, to save memory."""
+    activations: Literal["keep", "checkpoint", "reverse"] = "keep"
+    """What is stored for the gradient: all that it needs, or the inputs of layers that are computed a second time, or the
+    output of a chain of layers that are run backwards."""
+    activations_every: AtLeastOne | None = None
+    """Layers from one stored activation to the next; None is 1 for checkpoint, and a whole chain for reverse."""
     precision: Literal["float32", "float64", "bfloat16", "auto"] = "float32"
     """auto: bfloat16 where the processor multiplies it natively, else float32."""
     evaluate_every: AtLeastOne = 1
@@ -201,6 +209,8 @@ class CertifySpec(_Section):
     semantics: Literal["real", "deployed"] = "real"
     arithmetic: Literal["float64", "float32"] = "float64"
     batch_size: AtLeastOne = 512
+    images: AtLeastOne | None = None
+    """How many images of the test part, evenly spaced; None takes all. For certificates that take long."""
 
 
 class Experiment(_Section):

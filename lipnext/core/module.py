@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -14,10 +14,13 @@ class LipschitzModule(nn.Module, ABC):
     """A layer with a proved bound; in evaluation `forward` is a function of the input and the stored tensors alone.
 
     `orthogonal` names the parameters that are square orthogonal matrices, or stacks of them in the last two
-    dimensions. It stands on the class because attributes of a tensor are lost by `deepcopy`.
+    dimensions. It stands on the class because attributes of a tensor are lost by `deepcopy`. `batch_parts` says how a
+    batch may be cut in training: at will where images do not depend on each other; into one part for each process where
+    the layer takes its means over all of them (`lipnext.core.world.batch_mean`); or not at all.
     """
 
     orthogonal: ClassVar[tuple[str, ...]] = ()
+    batch_parts: ClassVar[Literal["any", "processes", "none"]] = "any"
 
     @abstractmethod
     def lipschitz_bound(self) -> LipschitzBound:

@@ -1,7 +1,7 @@
 """A network as a chain of layers and a head: what a global margin certificate is derived from."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import torch
@@ -15,6 +15,17 @@ from lipnext.core.rounding import RoundingState
 
 SOFTPLUS_THRESHOLD = 40.0
 """Where torch's softplus becomes the identity: `log(1 + exp(-40))` is below the roundoff of 40, unlike at the default of 20."""
+
+
+Walk = Callable[[Iterable[nn.Module], Tensor], Tensor]
+"""A way to apply layers one after the other; all ways give the same values, and differ in what they store for the gradient."""
+
+
+def in_turn(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Apply the layers one after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def signed_radii(logits: Tensor, labels: Tensor, distances: Tensor) -> Tensor:
@@ -87,13 +98,11 @@ class LipschitzNetwork(LipschitzModule):
         self.body = nn.ModuleList(body)
         self.head: Head = head
         self.input_shape = input_shape
+        self.walk: Walk = in_turn
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the head sees, shape `(B, C)`."""
-        x = images
-        for layer in self.body:
-            x = layer(x)
-        return x
+        return self.walk(self.body, images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `(B, K)`."""
@@ -145,6 +154,18 @@ class LipschitzNetwork(LipschitzModule):
 
         return estimate
 
+    def set_progress(self, progress: float) -> None:
+        """Hear which share of the training is over, before every step. Most networks need not know."""
+
+    def finalise(self, batches: Iterable[Tensor]) -> None:
+        """Compute anew what the deployed network takes from the training images, such as running means. Most take nothing.
+
+        Called before the network is looked at and kept.
+
+        Args:
+            batches: of training images `(B, c, H, W)`, one epoch, prepared only if asked for.
+        """
+
     def rounding(self, state: RoundingState) -> RoundingState:
         """Follow the error of the body's evaluation layer by layer."""
         for _, layer in self.named_layers():
@@ -165,4 +186,5 @@ class LipschitzNetwork(LipschitzModule):
         network = super().materialise()
         network.body = nn.ModuleList([layer.materialise() for _, layer in self.named_layers()])
         network.head = self.head.materialise()
+        network.walk = in_turn
         return network.eval()

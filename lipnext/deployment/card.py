@@ -14,7 +14,8 @@ _MEANING = {
 }
 _KIND = {
     "deterministic": "No probability is involved.",
-    "probabilistic": "Each radius holds with the confidence that is stated with it.",
+    "probabilistic": "The label is a vote under noise, and each radius holds with confidence {confidence:.9g}; {abstained} "
+    "images got no label, which counts as wrong.",
 }
 
 
@@ -30,6 +31,9 @@ def model_card(config: dict[str, Any], certificate: dict[str, Any], result: dict
     title = f"{config['system']}/{result.get('preset') or 'own experiment'}"
     arithmetic = result.get("arithmetic", "float64")
     meaning = _MEANING[result["semantics"]].format(norm=result["norm"], arithmetic=arithmetic)
+    kind = _KIND[result["kind"]]
+    if result["kind"] == "probabilistic":
+        kind = kind.format(confidence=result["confidence"], abstained=result["abstained"])
     bound = certificate.get("lipschitz")
     constant = (
         "" if bound is None else f" Lipschitz bound {round_up(bound['bound'], 9)}, proved ({bound['proof']})."
@@ -54,7 +58,7 @@ def model_card(config: dict[str, Any], certificate: dict[str, Any], result: dict
         "",
         "## What a radius says",
         "",
-        f"{meaning} {_KIND[result['kind']]}",
+        f"{meaning} {kind}",
         "",
         "## What it does not say",
         "",

@@ -1,7 +1,8 @@
 """LipNeXt's block, `Z = act(M R^T shift(R (X + p)) + b)`, as one differentiable operation.
 
 `M R^T` is formed once per step, which leaves two products per token instead of three. Forward and backward are written by
-hand: a shift's adjoint is the opposite shift, beta-Abs needs one sign per folded channel, and nothing else is copied.
+hand: a shift's adjoint is the opposite shift, beta-Abs needs one sign per folded channel, and nothing else is copied. All but
+beta-Abs is invertible, so the block can also be run backwards from its output and those signs.
 """
 
 from typing import Any, ClassVar, Self
@@ -13,17 +14,17 @@ from torch.autograd.function import once_differentiable
 
 from lipnext.bounds.spectral import absolute_norm_bound
 from lipnext.core.bound import LipschitzBound
-from lipnext.core.module import LipschitzModule
 from lipnext.core.propagation import after_affine, norm_up
 from lipnext.core.rounding import RoundingState
 from lipnext.manifold.haar import haar
 from lipnext.nn.activation import BetaAbs
 from lipnext.nn.mixing import OrthogonalMixing
 from lipnext.nn.position import ChannelBias, PositionalEncoding
+from lipnext.nn.reversible import Reversible, Weights, compute_dtype, pack_signs, unpack_signs
 from lipnext.nn.shift import CircularShift, shift_
 
 
-class ShiftBlock(LipschitzModule):
+class ShiftBlock(Reversible):
     """`Z = act(M R^T shift(R (X + p)) + b)` on tokens `(B, H, W, C)` (LipNeXt, block equation).
 
     Parameters: `rotation` R and `mixing` M, orthogonal `C x C`; `position` p, shape `(H, W, 1)`; `bias` b, shape `(C,)`. A
@@ -65,7 +66,7 @@ class ShiftBlock(LipschitzModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply the block; under autocast both token products run in the autocast dtype."""
-        dtype = _compute_dtype(tokens)
+        dtype = compute_dtype(tokens)
         product = self.product if self.mixing is None else _outer_product(self.mixing, self.rotation)
         assert product is not None
         with torch.autocast(tokens.device.type, enabled=False):
@@ -78,6 +79,53 @@ class ShiftBlock(LipschitzModule):
                 self.group,
                 self.folded,
             )
+
+    def advance(self, tokens: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Apply the block; the signs of the folded channels are kept, one bit each."""
+        dtype = tokens.dtype
+        product = weights["product"] if "product" in weights else weights["mixing"] @ weights["rotation"].mT
+        _, _, v = _unfolded(
+            tokens,
+            weights["position"].to(dtype),
+            weights["rotation"].to(dtype),
+            product.to(dtype),
+            weights["bias"].to(dtype),
+            self.group,
+        )
+        kept = pack_signs(v[:, : self.folded])
+        v[:, : self.folded].abs_()
+        return v.view(tokens.shape), kept
+
+    def reverse(
+        self, output: Tensor, kept: Tensor, grad: Tensor, weights: Weights
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Undo fold, bias, product, shift, rotation and position; the gradient of each on the way."""
+        shape, dtype = output.shape, output.dtype
+        rotation = weights["rotation"].to(dtype)
+        product = weights["product"] if "product" in weights else weights["mixing"] @ weights["rotation"].mT
+        stored, product = product.dtype, product.to(dtype)
+        v, gv = output.reshape(-1, shape[-1]), grad.reshape(-1, shape[-1]).clone()
+        slope = unpack_signs(kept, (len(v), self.folded), dtype)
+        v[:, : self.folded].mul_(slope)
+        gv[:, : self.folded].mul_(slope)
+        del slope
+        back = _undone(product)
+        u = torch.addmm(-(weights["bias"].to(dtype) @ back), v, back)
+        del output, v
+        gu, gproduct, gbias = _below_product(gv, u, product)
+        del gv
+        shift_(u.view(shape), self.group, -1)
+        shift_(gu.view(shape), self.group, -1)
+        x = u @ _undone(rotation)
+        del u
+        gx, grotation, gposition = _below_rotation(gu, x, rotation, shape)
+        gradients = {"rotation": grotation, "product": gproduct, "position": gposition, "bias": gbias}
+        gradients = {name: value.to(stored) for name, value in gradients.items()}
+        if "mixing" in weights:
+            gproduct = gradients.pop("product")
+            gradients["mixing"] = gproduct @ weights["rotation"]
+            gradients["rotation"] += gproduct.mT @ weights["mixing"]
+        return x.view(shape).sub_(weights["position"].to(dtype)), gx, gradients
 
     def layers(
         self,
@@ -129,9 +177,42 @@ def _outer_product(mixing: Tensor, rotation: Tensor) -> Tensor:
         return mixing @ rotation.mT
 
 
-def _compute_dtype(tokens: Tensor) -> torch.dtype:
-    device = tokens.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+def _undone(matrix: Tensor) -> Tensor:
+    """The matrix Q with `(x W^T) Q = x`, up to the square of W's distance from orthogonal: `Q = 2 W - W W^T W`.
+
+    W itself would do for an exactly orthogonal one. Weights drift off between two retractions, and over a deep chain that
+    would add up. In half precision W is taken: its rounding adds less than that of the tokens, and products of weights in
+    float32 would cost a GPU more than those of the tokens.
+    """
+    if matrix.dtype.itemsize < 4:
+        return matrix
+    return 2 * matrix - matrix @ (matrix.mT @ matrix)
+
+
+def _unfolded(
+    tokens: Tensor, position: Tensor, rotation: Tensor, product: Tensor, bias: Tensor, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens as rows `(N, C)` behind the position, behind the shift, and before the fold."""
+    shape = tokens.shape
+    x = (tokens + position).reshape(-1, shape[-1])
+    u = x @ rotation.mT
+    shift_(u.view(shape), group)
+    return x, u, torch.addmm(bias, u, product.mT)
+
+
+def _below_product(gv: Tensor, u: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u, of the product and of the bias."""
+    return gv @ product, gv.mT @ u, gv.sum(0)
+
+
+def _below_rotation(
+    gu: Tensor, x: Tensor, rotation: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the tokens, of the rotation and of the position; `gu` is shifted back already."""
+    gx = (gu @ rotation).view(shape)
+    # The sum of gx over channels, as one matrix-vector product instead of a pass over gx.
+    gposition = (gu @ rotation.sum(1)).view(shape[:3]).sum(0).unsqueeze(-1)
+    return gx, gu.mT @ x, gposition
 
 
 class _ShiftBlockFunction(Function):
@@ -148,18 +229,14 @@ class _ShiftBlockFunction(Function):
         group: int,
         folded: int,
     ) -> Tensor:
-        shape = tokens.shape
-        x = (tokens + position).reshape(-1, shape[-1])
-        u = x @ rotation.mT
-        shift_(u.view(shape), group)
-        v = torch.addmm(bias, u, product.mT)
+        x, u, v = _unfolded(tokens, position, rotation, product, bias, group)
         # The slope of |v|, +1 or -1 (at v = 0 either is in the subdifferential). Kept in the compute dtype: a product
         # with it in the backward pass is several times faster than a masked copy.
         slope = torch.copysign(v.new_ones(()), v[:, :folded])
         v[:, :folded].abs_()
         ctx.save_for_backward(x, u, rotation, product, slope)
-        ctx.shape, ctx.group, ctx.folded = shape, group, folded
-        return v.view(shape)
+        ctx.shape, ctx.group, ctx.folded = tokens.shape, group, folded
+        return v.view(tokens.shape)
 
     @staticmethod
     @once_differentiable
@@ -168,12 +245,7 @@ class _ShiftBlockFunction(Function):
         shape = ctx.shape
         gv = grad.reshape(-1, shape[-1]).clone()
         gv[:, : ctx.folded].mul_(slope)
-        gu = gv @ product
-        gproduct = gv.mT @ u
-        gbias = gv.sum(0)
+        gu, gproduct, gbias = _below_product(gv, u, product)
         shift_(gu.view(shape), ctx.group, -1)
-        gx = (gu @ rotation).view(shape)
-        grotation = gu.mT @ x
-        # The sum of gx over channels, as one matrix-vector product instead of a pass over gx.
-        gposition = (gu @ rotation.sum(1)).view(shape[:3]).sum(0).unsqueeze(-1)
+        gx, grotation, gposition = _below_rotation(gu, x, rotation, shape)
         return gx, gposition, grotation, gproduct, gbias, None, None

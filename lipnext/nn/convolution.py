@@ -1,6 +1,7 @@
 """An unconstrained convolution: its constant is estimated for the loss and proved for the certificate."""
 
 import math
+import re
 from typing import Self
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 from lipnext.bounds.convolution import absolute_convolution_bound
 from lipnext.bounds.factor import small_convolution_bound
 from lipnext.core.bound import LipschitzBound
+from lipnext.core.errors import ConfigError
 from lipnext.core.guard import refuse_fast_convolution
 from lipnext.core.local import AffineModule
 from lipnext.core.propagation import after_affine, norm_up
@@ -121,6 +123,22 @@ class Convolution(AffineModule):
         layer = super().materialise()
         layer.register_buffer("image", layer.image, persistent=False)
         return layer
+
+
+def read_convolution(text: str) -> tuple[int, int, int, int]:
+    """Read "32x4/2p1" as channels, kernel, stride and padding; both of the latter are 1 where they are left out.
+
+    Raises:
+        ConfigError: for any other form.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:/([1-9]\d*))?(?:p(\d+))?", text.strip())
+    if match is None:
+        raise ConfigError(
+            f"model.convolutions: '{text}' cannot be read; write channels x kernel / stride p padding, such as "
+            "'32x4/2p1'"
+        )
+    channels, kernel, stride, padding = match.groups(default="1")
+    return int(channels), int(kernel), int(stride), int(padding)
 
 
 def check_size(images: Tensor, input_size: tuple[int, int]) -> None:

@@ -4,7 +4,7 @@ The block `x + conv(x)` is itself one convolution, whose norm is that of `I + W`
 block with something nonlinear inside.
 """
 
-from typing import Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional
 from lipnext.core.bound import LipschitzBound
 from lipnext.core.module import LipschitzModule
 from lipnext.core.rounding import RoundingState
+from lipnext.core.world import batch_mean
 from lipnext.nn.convolution import Convolution, check_size
 from lipnext.nn.power_iteration import estimate_convolution_norm
 
@@ -36,6 +37,7 @@ class LinearResidual(LipschitzModule):
         generator: source of randomness; the entries of theta start with deviation 1 / (9 c).
     """
 
+    batch_parts: ClassVar[Literal["any", "processes", "none"]] = "processes"
     image: Tensor
     mean: Tensor | None
 
@@ -83,7 +85,7 @@ class LinearResidual(LipschitzModule):
         images = images.contiguous(memory_format=torch.channels_last)
         out = functional.conv2d(images, self.residual(), padding=1)
         # half precision would lose the mean of a few thousand numbers
-        mean = out.mean((0, 2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
+        mean = batch_mean(out, (0, 2, 3), torch.promote_types(out.dtype, torch.float32))
         assert self.mean is not None
         with torch.no_grad():
             self.mean.lerp_(mean.to(self.mean.dtype), MOMENTUM)

@@ -73,3 +73,11 @@ class Unshuffle(_Isometry):
         # pixel_unshuffle, spelled out because that returns an empty batch unchanged
         patches = images.reshape(batch, channels, height // s, s, width // s, s).permute(0, 1, 3, 5, 2, 4)
         return patches.reshape(batch, channels * s * s, height // s, width // s)
+
+
+class ChannelsFirst(_Isometry):
+    """Tokens `(B, H, W, C)` to `(B, C, H, W)`, as convolutions take them."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Rearrange."""
+        return tokens.permute(0, 3, 1, 2)

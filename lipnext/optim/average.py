@@ -1,6 +1,7 @@
 """Exponential moving average of the weights whose orthogonal matrices are retracted, so that the average is a network again."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,29 +19,35 @@ class RetractedAverage:
     Args:
         net: the network that is trained.
         decay: weight of the past at each update, 0 < decay < 1; ramped up in the first steps as `(1 + n) / (10 + n)`.
+        names: parameters to average, where other processes average the rest; None averages all.
     """
 
-    def __init__(self, net: nn.Module, decay: float) -> None:
+    def __init__(self, net: nn.Module, decay: float, names: Iterable[str] | None = None) -> None:
         self.decay = decay
         self.updates = 0
-        self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in net.named_parameters()}
+        parameters = dict(net.named_parameters())
+        self.average: dict[str, Tensor] = {
+            name: parameters[name].detach().clone() for name in (parameters if names is None else names)
+        }
 
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
         """Move the average towards the network's present weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [p.detach() for _, p in net.named_parameters()]
-        torch._foreach_lerp_([self.average[name] for name, _ in net.named_parameters()], current, 1 - decay)
+        parameters = dict(net.named_parameters())
+        if self.average:
+            current = [parameters[name].detach() for name in self.average]
+            torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
 
     @torch.no_grad()
     def network(self, net: nn.Module) -> nn.Module:
-        """Return a copy of `net` that holds the retracted average."""
+        """Return a copy of `net` that holds the retracted average of what is averaged."""
         averaged = copy.deepcopy(net)
         orthogonal, _ = split_parameters(averaged)
-        for name, parameter in averaged.named_parameters():
-            value = self.average[name]
-            parameter.copy_(retract(value) if name in orthogonal else value)
+        parameters = dict(averaged.named_parameters())
+        for name, value in self.average.items():
+            parameters[name].copy_(retract(value) if name in orthogonal else value)
         return averaged
 
     def state_dict(self) -> dict[str, Any]:

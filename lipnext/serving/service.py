@@ -15,7 +15,7 @@ from lipnext._version import __version__
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.classifier import Classifier
 from lipnext.core.eps import eps_label, parse_eps_list
-from lipnext.core.errors import ConfigError
+from lipnext.core.errors import ConfigError, UnsoundError
 from lipnext.core.seed import generator
 from lipnext.deployment.bundle import load_bundle, load_experiment
 from lipnext.serving.answers import meaning
@@ -55,7 +55,7 @@ class Service:
         limits: queue lengths and times.
 
     Raises:
-        UnsoundError: where the network or the environment cannot be certified.
+        UnsoundError: where the network or the environment cannot be certified, or only with a confidence.
     """
 
     def __init__(self, model: Classifier, offer: Offer, limits: Limits) -> None:
@@ -63,6 +63,11 @@ class Service:
         self.metrics = Metrics()
         # The bounds are proved here, before anybody waits for them.
         example = self._certify(torch.zeros(1, *model.input_shape, dtype=torch.float64))
+        if example.kind != "deterministic":
+            raise UnsoundError(
+                "serve answers with radii that hold for certain; a smoothed classifier's hold with a confidence, and an image "
+                "takes thousands of evaluations: use lipnext certify"
+            )
         self.meaning, self._bound = meaning(example), example.lipschitz
         self.bit_equal = self._is_bit_equal()
         self.batcher = Batcher(self._certify_batch, BATCH, capacity=limits.waiting_images)

@@ -7,7 +7,6 @@ from power iteration, from below; `lipnext.certificates.local` proves its own.
 
 import copy
 import math
-import re
 from collections.abc import Callable
 
 import torch
@@ -24,7 +23,7 @@ from lipnext.core.module import LipschitzModule
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import System
 from lipnext.nn.clipped import Clipped, ClippedMaxMin, ClippedReLU
-from lipnext.nn.convolution import Convolution
+from lipnext.nn.convolution import Convolution, read_convolution
 from lipnext.nn.dense import Dense
 from lipnext.nn.head import PlainHead
 from lipnext.nn.local_estimate import LocalEstimate, estimate_local
@@ -88,7 +87,7 @@ def build(
         ConfigError: if a description cannot be read or does not fit the images.
     """
     generator = torch.Generator().manual_seed(seed)
-    shapes, widths = [_read_convolution(text) for text in convolutions.split(",")], _numbers("hidden", hidden)
+    shapes, widths = [read_convolution(text) for text in convolutions.split(",")], _numbers("hidden", hidden)
     if any(width < 1 or width != int(width) for width in widths):
         raise ConfigError(f"model.hidden: must be widths of at least 1, such as '512,512', got {hidden!r}")
     count = len(shapes) + len(widths)
@@ -134,18 +133,6 @@ def _activation(name: str, shape: tuple[int, ...], ceiling: float, floor: float)
     if shape[0] % 2:
         raise ConfigError(f"model.activation: maxmin takes even numbers of channels, got {shape[0]}")
     return ClippedMaxMin(shape, ceiling, floor)
-
-
-def _read_convolution(text: str) -> tuple[int, int, int, int]:
-    """Read "32x4/2p1" as channels, kernel, stride and padding."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:/([1-9]\d*))?(?:p(\d+))?", text.strip())
-    if match is None:
-        raise ConfigError(
-            f"model.convolutions: '{text}' cannot be read; write channels x kernel / stride p padding, such as "
-            "'32x4/2p1'"
-        )
-    channels, kernel, stride, padding = match.groups(default="1")
-    return int(channels), int(kernel), int(stride), int(padding)
 
 
 def _numbers(key: str, text: str) -> list[float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Context manager that turns signals into a flag. `exit_code` is 143 for SIGTERM and 130 for Ctrl-C.
+    """Context manager that turns signals into a flag. `exit_code` is 143 for SIGTERM, 130 for Ctrl-C, 0 for neither.
 
     Outside the main thread signals cannot be caught; then nothing is and `requested` stays False.
     """
@@ -22,8 +22,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention, 128 + signal."""
-        return 128 + (self.signal or 0)
+        """The shell's convention, 128 + signal; 0 where none has come."""
+        return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -4,7 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from lipnext.core.errors import TrainingError
 from lipnext.core.files import atomic_write
@@ -16,14 +16,17 @@ class RunLog:
     """Appends events to `log.jsonl`; a context manager that closes it.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file; its folder must exist. None writes nothing: of several processes one keeps the log.
         resume_step: keep only events up to this optimiser step, so that a resumed run reads as if it had
             never stopped.
         tensorboard: folder for TensorBoard's files, or None; needs the extra `lipnext[log]`.
     """
 
-    def __init__(self, path: Path, resume_step: int, tensorboard: Path | None = None) -> None:
+    def __init__(self, path: Path | None, resume_step: int, tensorboard: Path | None = None) -> None:
         self._writer = _tensorboard_writer(tensorboard, resume_step) if tensorboard else None
+        self._file: IO[str] | None = None
+        if path is None:
+            return
         kept = []
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -42,6 +45,8 @@ class RunLog:
 
     def write(self, step: int, event: str, **fields: Any) -> None:
         """Append one event."""
+        if self._file is None:
+            return
         try:
             self._file.write(json.dumps({"step": step, "event": event, **fields}) + "\n")
             self._file.flush()
@@ -53,8 +58,9 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files."""
-        with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
-            self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
+                self._file.close()
         if self._writer is not None:
             self._writer.close()
 

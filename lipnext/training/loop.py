@@ -17,8 +17,9 @@ from torch import nn
 
 from lipnext.core.errors import ConfigError, TrainingError
 from lipnext.core.experiment import Experiment, OptimSpec
-from lipnext.core.network import LipschitzNetwork
+from lipnext.core.network import LipschitzNetwork, in_turn
 from lipnext.core.system import NetworkLoss
+from lipnext.core.world import World, local_device
 from lipnext.data.augment import Augment
 from lipnext.data.batches import batches, count_batches
 from lipnext.data.dataset import Dataset
@@ -29,7 +30,9 @@ from lipnext.optim.lookahead import Lookahead
 from lipnext.optim.muon import ManifoldMuon
 from lipnext.optim.orthogonal import OrthogonalOptimizer
 from lipnext.optim.orthogonal_adam import OrthogonalAdam
+from lipnext.optim.owner import Owners
 from lipnext.optim.schedule import warmup_cosine
+from lipnext.training.activations import stored_activations
 from lipnext.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -40,6 +43,7 @@ from lipnext.training.interrupt import StopRequest
 from lipnext.training.log import LOG, RunLog
 from lipnext.training.objective import Objective
 from lipnext.training.progress import Reporter, Silent
+from lipnext.training.state import Parts, gather_state, restore_state
 from lipnext.training.validation import estimate_validation
 
 
@@ -68,8 +72,11 @@ def train(
     losses: Mapping[str, NetworkLoss] | None = None,
     reporter: Reporter | None = None,
     tensorboard: bool = False,
+    world: World = World(),
 ) -> tuple[LipschitzNetwork, Progress]:
     """Train `network` in place, or go on from the newest checkpoint in `folder`.
+
+    Several processes see the same batches as one, each its share of them, and end with the same network.
 
     Args:
         network: freshly built; in float32.
@@ -80,13 +87,15 @@ def train(
         losses: of the system's own, by name.
         reporter: told after every step.
         tensorboard: mirror the log for TensorBoard.
+        world: the processes that train together; the first writes the files.
 
     Returns:
         The final network (the retracted average if `train.ema` is on) and the counters.
 
     Raises:
-        TrainingError: if the loss or a weight is not finite, or a checkpoint cannot be written; the last good
-            one is kept.
+        ConfigError: if a batch cannot be cut into as many parts as are asked for.
+        TrainingError: if the loss or a weight is not finite, a checkpoint cannot be written, or another process is
+            gone; the last good checkpoint is kept.
         Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is saved.
     """
     spec, reporter = experiment.train, reporter or Silent()
@@ -94,39 +103,58 @@ def train(
         torch.set_num_threads(spec.threads)
     device = resolve_device(spec.device)
     network.to(device, torch.float64 if spec.precision == "float64" else torch.float32)
+    check_parts(network, experiment, len(training), world)
 
     # ---- what is trained, and how ------------------------------------------------------------------------
     orthogonal, euclidean = split_parameters(network)
-    manifold = make_orthogonal_optimizer(list(orthogonal.values()), experiment)
-    rest = make_euclidean_optimizer(list(euclidean.values()), experiment.optim)
-    ahead = Lookahead(euclidean.values(), experiment.optim.lookahead) if experiment.optim.lookahead else None
-    average = RetractedAverage(network, spec.ema) if spec.ema else None
+    owners = Owners(network, world)  # this process keeps state for what it owns, one alone for everything
+    matrices, others = ([kind[n] for n in owners.mine(kind)] for kind in (orthogonal, euclidean))
+    manifold = make_orthogonal_optimizer(matrices, experiment)
+    rest = make_euclidean_optimizer(others, experiment.optim)
+    ahead = Lookahead(others, experiment.optim.lookahead) if experiment.optim.lookahead else None
+    average = RetractedAverage(network, spec.ema, owners.mine(owners.parameters)) if spec.ema else None
     objective, augment = Objective(experiment.loss, losses), Augment(experiment.augment)
     per_epoch = count_batches(len(training), spec.batch_size)
     total = spec.epochs * per_epoch
 
     # ---- resume ------------------------------------------------------------------------------------------
     progress, digest = Progress(), experiment.digest()
-    parts: dict[str, Any] = {
-        "network": network,
-        "manifold": manifold,
-        "rest": rest,
-        "lookahead": ahead,
-        "average": average,
+    parts: Parts = {
+        "network": (network, []),
+        "manifold": (manifold, orthogonal),
+        "rest": (rest, euclidean),
+        "lookahead": (ahead, euclidean),
+        "average": (average, owners.parameters),
     }
-    saved = list_checkpoints(folder / "checkpoints")
+    saved = world.first(lambda: list_checkpoints(folder / "checkpoints")[-1:])
     if saved:
-        progress = _restore(load_checkpoint(saved[-1], digest), parts)
-        reporter.line(f"resumed from {saved[-1].name}, epoch {progress.epoch + 1} of {spec.epochs}")
+        progress = _restore(load_checkpoint(saved[0], digest), parts, owners)
+        reporter.line(f"resumed from {saved[0].name}, epoch {progress.epoch + 1} of {spec.epochs}")
         reporter.resume(progress.step)
+    owners.spread(network)  # the same to the last bit, whatever machine a process runs on
 
     def save() -> None:
         _check_weights(network, progress, folder)
-        save_checkpoint(folder / "checkpoints", progress.step, _state(progress, parts), digest, spec.keep)
+        state = {"progress": vars(progress).copy(), **gather_state(parts, owners)}
+        world.first(lambda: save_checkpoint(folder / "checkpoints", progress.step, state, digest, spec.keep))
+
+    def finished() -> LipschitzNetwork:
+        """What is looked at and kept."""
+        chosen = _averaged(network, average, owners)
+        again = batches(training, spec.batch_size, seed=experiment.seed, epoch=0, augment=augment)
+        chosen.finalise(images for images, _ in again)
+        return chosen
 
     # ---- epochs ------------------------------------------------------------------------------------------
-    board = folder / "tensorboard" if tensorboard else None
-    with RunLog(folder / LOG, progress.step, board) as log, StopRequest() as stop:
+    kept: LipschitzNetwork | None = None
+    board = folder / "tensorboard" if tensorboard and world.is_first else None
+    file = folder / LOG if world.is_first else None
+    with (
+        RunLog(file, progress.step, board) as log,
+        StopRequest() as stop,
+        owners,
+        stored_activations(network, spec),
+    ):
         while progress.epoch < spec.epochs:
             network.train()
             for images, labels in batches(
@@ -140,41 +168,51 @@ def train(
                 started = time.perf_counter()
                 share = progress.step / total
                 _set_rates(manifold, rest, experiment.optim, progress.step, total)
-                images, labels = images.to(device), labels.to(device)
-                if spec.precision == "float64":
-                    images = images.double()
-                loss = objective.of(network, images, labels, share, _autocast(spec.precision, device))
-                manifold.zero_grad(set_to_none=True)
-                rest.zero_grad(set_to_none=True)
-                loss.backward()
-                value = loss.item()
+                network.zero_grad(set_to_none=True)
+                value, pieces = 0.0, world.parts(len(labels), spec.accumulate)
+                for piece in pieces:
+                    x, y = images[piece].to(device), labels[piece].to(device)
+                    if spec.precision == "float64":
+                        x = x.double()
+                    loss = objective.of(network, x, y, share, _autocast(spec.precision, device))
+                    # a mean over images: the parts of all processes add up to that of the batch
+                    loss = loss * (len(y) / len(labels))
+                    if piece is pieces[-1]:
+                        owners.expect()
+                    loss.backward()
+                    value += loss.item()
+                owners.reduce()
+                value = world.add(value)
                 if not math.isfinite(value):
                     raise TrainingError(_not_finite(f"the loss became {value}", progress, folder))
                 if experiment.optim.clip:
-                    nn.utils.clip_grad_norm_(network.parameters(), experiment.optim.clip)
+                    owners.clip(experiment.optim.clip)
                 manifold.step()
                 rest.step()
                 if ahead is not None:
                     ahead.update()
                 if average is not None:
                     average.update(network)
+                owners.spread(network)
                 progress.step += 1
                 progress.batch += 1
                 progress.loss_sum += value
                 progress.seconds += time.perf_counter() - started
                 reporter.advance(1, f"epoch {progress.epoch + 1}/{spec.epochs} loss {value:.4f}")
-                if stop.requested and progress.batch < per_epoch:
+                # a signal to one process stops all, at the same step
+                if progress.batch < per_epoch and (code := int(world.largest(stop.exit_code))):
                     save()
                     reporter.line(_interrupted(progress))
-                    raise Interrupted(stop.exit_code)
+                    raise Interrupted(code)
 
             # ---- end of an epoch: retract, look at validation, save --------------------------------------
             _check_weights(network, progress, folder)
             progress.epoch += 1
             progress.batch = 0
-            drift = _drift(list(orthogonal.values()))
+            drift = world.largest(_drift(matrices))
             if progress.epoch % experiment.optim.retract_every == 0 or progress.epoch == spec.epochs:
                 manifold.retract()
+                owners.spread(network)
             last = progress.epoch == spec.epochs
             fields: dict[str, Any] = {
                 "epoch": progress.epoch,
@@ -186,23 +224,25 @@ def train(
                 "seconds": round(progress.seconds, 3),
             }
             if last or progress.epoch % spec.evaluate_every == 0:
+                kept = finished()
                 fields["validation_estimate"] = estimate_validation(
-                    _averaged(network, average),
+                    kept,
                     validation,
                     experiment.certify.eps,
                     experiment.certify.batch_size,
+                    world,
                 )
             progress.loss_sum = 0.0
             log.write(progress.step, "epoch", **fields)
             reporter.line(_epoch_line(fields, spec.epochs))
-            stopping = stop.requested  # read once: a signal that comes while saving stops at the next step
-            if last or stopping or progress.epoch % spec.checkpoint_every == 0:
+            code = int(world.largest(stop.exit_code))  # once: a signal while saving stops at the next step
+            if last or code or progress.epoch % spec.checkpoint_every == 0:
                 save()
-            if stopping:
+            if code:
                 reporter.line(_interrupted(progress))
-                raise Interrupted(stop.exit_code)
+                raise Interrupted(code)
 
-    return _averaged(network, average).eval(), progress
+    return (kept or finished()).eval(), progress
 
 
 def make_orthogonal_optimizer(params: list[nn.Parameter], experiment: Experiment) -> OrthogonalOptimizer:
@@ -231,12 +271,40 @@ def resolve_device(name: str) -> torch.device:
         ConfigError: if this machine or this build of torch does not have it.
     """
     try:
-        device = torch.device(name)
+        device = local_device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"train.device: '{name}' cannot be used here ({reason}); cpu always can") from None
     return device
+
+
+def check_parts(network: LipschitzNetwork, experiment: Experiment, images: int, world: World) -> None:
+    """Refuse a batch that cannot be cut into a part for each process and pass.
+
+    Args:
+        network: to be trained.
+        experiment: says how large a batch is, and in how many passes it goes.
+        images: of the training part.
+        world: the processes.
+
+    Raises:
+        ConfigError: if the batch is too small, or several passes would change what a layer computes.
+    """
+    passes, batch = experiment.train.accumulate, min(experiment.train.batch_size, images)
+    if batch < world.size * passes:
+        raise ConfigError(
+            f"train.batch_size: {batch} images cannot be cut into {world.size} x {passes} parts (processes x "
+            "train.accumulate); take a larger batch or fewer parts"
+        )
+    for layer in network.modules():
+        cut = getattr(layer, "batch_parts", "any")
+        if (passes > 1 and cut != "any") or (world.size > 1 and cut == "none"):
+            raise ConfigError(
+                f"train: in a {type(layer).__name__} an image depends on the others of its batch, which cannot be cut into "
+                f"{world.size} x {passes} parts (processes x train.accumulate); set train.accumulate to 1"
+                + (", and start one process" if cut == "none" else "")
+            )
 
 
 def resolve_precision(experiment: Experiment) -> Experiment:
@@ -274,33 +342,21 @@ def _drift(matrices: list[nn.Parameter]) -> float:
     return max((residual(matrix.detach()).max().item() for matrix in matrices), default=0.0)
 
 
-def _state(progress: Progress, parts: dict[str, Any]) -> dict[str, Any]:
-    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-    return {"progress": vars(progress).copy(), **states}
-
-
-def _restore(state: dict[str, Any], parts: dict[str, Any]) -> Progress:
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(state[name])
-        if isinstance(part, torch.optim.Optimizer):
-            _keep_dtypes(part, state[name]["state"])
+def _restore(state: dict[str, Any], parts: Parts, owners: Owners) -> Progress:
+    restore_state(state, parts, owners)
     return Progress(**state["progress"])
 
 
-def _keep_dtypes(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:
-    """Undo torch's cast of all state to the parameter's dtype: NAdam's `mu_product` has one of its own."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in saved.items():
-        state = optimizer.state[params[index]]
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor) and value.dtype != state[key].dtype:
-                state[key] = value.to(state[key].device)
-
-
-def _averaged(network: LipschitzNetwork, average: RetractedAverage | None) -> LipschitzNetwork:
+def _averaged(
+    network: LipschitzNetwork, average: RetractedAverage | None, owners: Owners
+) -> LipschitzNetwork:
     """The network that is looked at and kept: the retracted average if there is one."""
-    return network if average is None else cast(LipschitzNetwork, average.network(network))
+    if average is None:
+        return network
+    averaged = cast(LipschitzNetwork, average.network(network))
+    averaged.walk = in_turn
+    owners.spread(averaged)
+    return averaged
 
 
 def _interrupted(progress: Progress) -> str:

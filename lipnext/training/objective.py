@@ -67,6 +67,7 @@ class Objective:
             progress: share of the training that is over.
             autocast: in which the forward pass runs; the loss does not.
         """
+        network.set_progress(progress)
         if self.own is not None:
             return self.own(
                 network, images, labels, spec=self.spec, radius=self.radius(progress), progress=progress

@@ -140,7 +140,7 @@ def test_override_leaves_the_original_and_applies_in_order() -> None:
         ("certify.eps=0", "certify.eps: eps must be above 0, got '0'"),
         (
             "train.epoch=2",
-            "train.epoch: unknown key; did you mean 'epochs'? known: batch_size, checkpoint_every",
+            "train.epoch: unknown key; did you mean 'epochs'? known: accumulate, activations",
         ),
         ("epochs=2", "epochs: unknown key; did you mean 'train.epochs'?"),
         ("sede=2", "sede: unknown key; did you mean 'seed'? known: augment, certify, data"),

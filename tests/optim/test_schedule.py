@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lipnext.optim.schedule import linear_ramp, warmup_cosine
+from lipnext.optim.schedule import (
+    geometric,
+    growing_exponent,
+    linear_ramp,
+    share_of,
+    smooth_ramp,
+    warmup_cosine,
+)
 
 
 def test_warmup_cosine_by_hand():
@@ -37,3 +44,32 @@ def test_the_radius_ramp_of_the_recipe(progress, value):
 def test_a_ramp_without_length_is_at_its_end():
     assert linear_ramp(0.0, 0.1, 3.0, 0.0) == 3.0
     assert linear_ramp(0.5, 2.0, 1.0, 1.0) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("epoch", "exponent", "weight"),
+    [
+        (200, 8, 1),
+        (290, 9.3695, 0.86009),
+        (900, 27.3432, 0.30968),
+        (1575, 89.4427, None),
+        (2000, 188.6309, 0.04908),
+        (2940, 982.5957, 0.01017),
+        (2950, math.inf, 0.01),
+    ],
+)
+def test_exponents_and_weights_of_the_reference_vector(epoch, exponent, weight):
+    share = share_of(epoch, 200, 2950)
+    assert growing_exponent(share, 8.0, 1000.0) == pytest.approx(exponent, rel=1e-5)
+    if weight is not None:
+        assert geometric(share, 1.0, 0.01) == pytest.approx(weight, abs=5e-6)
+
+
+def test_a_share_stays_within_zero_and_one():
+    assert [share_of(t, 0.2, 0.6) for t in (0, 0.2, 0.4, 0.6, 1)] == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+def test_the_smooth_ramp_of_the_reference_vector():
+    expected = {0.1: 0.000558, 0.2: 0.008929, 0.4: 0.142857, 0.5: 0.285714, 0.75: 0.642857, 1: 1}
+    for progress, value in expected.items():
+        assert smooth_ramp(progress) == pytest.approx(value, abs=5e-7)

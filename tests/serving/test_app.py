@@ -1,6 +1,7 @@
 """The routes and the gate, in this process."""
 
 import asyncio
+import gzip
 import io
 import json
 import logging
@@ -235,6 +236,11 @@ def test_an_attack_takes_one_image(web: TestClient) -> None:
     [
         ({"content": b"{}", "headers": JSON}, 400, "the body must be"),
         ({"content": b"{}"}, 415, "send application/json or multipart/form-data"),
+        (
+            {"content": gzip.compress(b"[" * 1_000_000), "headers": JSON | {"content-encoding": "gzip"}},
+            400,
+            "the body is no JSON",
+        ),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
         (
             {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}},

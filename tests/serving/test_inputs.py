@@ -1,8 +1,10 @@
 """Bodies of requests: what is read, bit for bit, and what is refused in one line."""
 
+import contextlib
 import io
 import json
 import struct
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -141,6 +143,23 @@ def bomb(width: int, height: int) -> bytes:
 def test_a_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
     with pytest.raises(DataError, match=r"make the picture smaller|unreadable picture"):
         from_pictures([("a", bomb(*size))], GREY, LIMITS)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
+def test_a_picture_with_a_compressed_bomb_beside_it_fills_no_memory(kind: bytes) -> None:
+    """PNG keeps texts and profiles compressed: 64 MiB of them arrive as 64 KiB."""
+    whole = encoded([[0, 255], [255, 0]])
+    head = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}[kind]
+    data = head + zlib.compress(b"\0" * 2**26)
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    content = whole[:33] + chunk + whole[33:]  # behind the header
+    tracemalloc.start()
+    with contextlib.suppress(DataError):  # Pillow refuses some of them and skips others
+        [given_] = from_pictures([("a", content)], GREY, LIMITS)
+        assert torch.equal(given_.pixels, torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**23
 
 
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.data())

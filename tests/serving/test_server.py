@@ -17,6 +17,10 @@ from serving_process import Server, running
 from tiny_runs import pictures
 
 from lipnext import runs
+from lipnext.core.experiment import DataSpec
+from lipnext.data.dataset import Dataset
+from lipnext.data.dataset import load as load_data
+from lipnext.deployment.locate import locate
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra: serve)")
 pytestmark = pytest.mark.slow
@@ -32,14 +36,8 @@ def post(server: Server, body: bytes, kind: str = "application/json") -> tuple[i
     return answer.status, content
 
 
-def test_the_whole_test_set_gets_the_certified_radii(tmp_path: Path) -> None:
-    """Served and offline JSON are equal bit for bit, in whichever order and company the images come."""
-    folder = tmp_path / "run"
-    runs.train(
-        "digits", folder, overrides=["model.width=32", "model.depth=2", "model.patch=2", "train.epochs=3"]
-    )
-    certificate, test = runs.certify_run(folder)
-    offline = [(record["pred"], record["radius"], record["margin"]) for record in certificate.records()]
+def served(run: Path, test: Dataset) -> list[tuple[int, float, float]]:
+    """Label, radius and score of every image, from eight clients at once, as JSON or PNG."""
     images = test.float_images().double().tolist()
     told: list[Any] = [None] * len(test)
 
@@ -58,14 +56,40 @@ def test_the_whole_test_set_gets_the_certified_radii(tmp_path: Path) -> None:
             [p] = answer["predictions"]
             told[k] = (p["label"], p["radius"], p["score"])
 
-    with running(folder) as server:
+    with running(run) as server:
         threads = [threading.Thread(target=client, args=(server, start)) for start in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert server.stop() == 0
-    assert told == offline
+    return told
+
+
+def test_the_whole_test_set_gets_the_certified_radii(tmp_path: Path) -> None:
+    """Served and offline JSON are equal bit for bit, in whichever order and company the images come."""
+    folder = tmp_path / "run"
+    runs.train(
+        "digits", folder, overrides=["model.width=32", "model.depth=2", "model.patch=2", "train.epochs=3"]
+    )
+    certificate, test = runs.certify_run(folder)
+    offline = [(record["pred"], record["radius"], record["margin"]) for record in certificate.records()]
+    assert served(folder, test) == offline
+
+
+def test_the_packaged_fashion_model_serves_what_it_certifies(tmp_path: Path, fashion_mnist: Path) -> None:
+    """The JSON that the server sends and the JSON that `certify --records` writes hold the same digits."""
+    bundle = locate("fashion-mnist")
+    test = load_data(DataSpec(name="idx", path=str(fashion_mnist))).test
+    test = test.subset(torch.arange(300) * len(test) // 300)
+    runs.load(bundle).certify(test.float_images()).to_jsonl(tmp_path / "radii.jsonl")
+    lines = (tmp_path / "radii.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line, parse_float=str) for line in lines]
+    told = served(bundle, test)
+    assert [(label, repr(radius), repr(score)) for label, radius, score in told] == [
+        (record["pred"], record["radius"], record["margin"]) for record in written
+    ]
+    assert sum(radius > 0 for _, radius, _ in told) > 290
 
 
 def test_64_clients_get_their_own_answers_while_others_misbehave(bundle: Path) -> None:

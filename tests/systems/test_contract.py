@@ -105,6 +105,7 @@ def trained(name: str, optimizer: str = "muon") -> Trained:
     net.zero_grad(set_to_none=True)
     with torch.no_grad():
         last = loss_of(system, net, images, labels).item()
+    net.finalise([images])
     return Trained(net.eval(), average, history[0], last)
 
 
@@ -203,7 +204,8 @@ def test_no_attack_changes_a_label_within_its_radius(name: str) -> None:
 def test_labels_are_the_largest_logits_and_radii_are_finite_and_not_negative(name: str) -> None:
     system, certificate = systems.get(name), certificate_of(name)
     logits = certified_function(trained(name).net)(pictures()[0].double())
-    assert torch.equal(certificate.label, logits.argmax(dim=1))
+    if certificate.kind == "deterministic":  # a vote under noise may differ from what the image itself gives
+        assert torch.equal(certificate.label, logits.argmax(dim=1))
     assert certificate.radius.isfinite().all()
     assert (certificate.radius >= 0).all()
     assert certificate.norm == system.norm

@@ -305,6 +305,7 @@ def test_automatic_precision_is_resolved_once_and_for_all() -> None:
 def test_the_loop_has_no_parameter_for_a_test_part() -> None:
     assert list(inspect.signature(train).parameters) == [
         "network", "experiment", "training", "validation", "folder", "losses", "reporter", "tensorboard",
+        "world",
     ]  # fmt: skip
     assert "test" not in {name for name in vars(loop) if not name.startswith("__")}
 

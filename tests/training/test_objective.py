@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lipnext import losses
+from lipnext import losses, systems
 from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import LossSpec
 from lipnext.training.objective import Objective
@@ -64,8 +64,8 @@ def test_a_system_can_bring_a_loss_of_its_own() -> None:
         return images.sum() + labels.sum()
 
     spec = LossSpec(name="own", radius="0.5", ramp_from=1, ramp_to=1)
-    network = object()
-    loss = Objective(spec, {"own": own}).of(network, LOGITS, LABELS, 0.3, contextlib.nullcontext())  # type: ignore[arg-type]
+    network = systems.build_network(systems.experiment("tiny"), (1, 8, 8), 10)
+    loss = Objective(spec, {"own": own}).of(network, LOGITS, LABELS, 0.3, contextlib.nullcontext())
     assert loss.item() == LOGITS.sum().item() + 1
     assert seen == {"network": network, "spec": spec, "radius": 0.5, "progress": 0.3}
 
