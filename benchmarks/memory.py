@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --json
 
-`stored_bytes`: tensors made by the forward pass that are alive after it. `peak_bytes`: of all tensors made in a step, a gradient
-of a weight left out once it is handed over. `seconds`: forward and backward pass, without an optimiser, medians of alternating runs.
+`stored_bytes`: tensors made by the forward pass that are alive after it. `peak_bytes`: of all tensors made in a step, without
+the gradients of weights that are handed over. `seconds`: forward and backward pass, no optimiser, medians of alternating runs.
 """
 
 import argparse
