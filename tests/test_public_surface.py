@@ -111,9 +111,11 @@ def test_the_verbs_and_their_options_are_these() -> None:
     assert [text for p in group.params for text in p.opts] == ["--version"]
 
 
-def test_the_layers_are_kept() -> None:
+def test_the_layers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
+    # It would switch off every logger there is, also for the tests that come after this one.
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
     config = ROOT.parent / "pyproject.toml"
     if not config.is_file():
         pytest.skip("the contracts are in the repository, not in an installed package")
