@@ -38,7 +38,7 @@ from lipnext.certificates.margin import (
     margin_errors,
     whole_blocks,
 )
-from lipnext.core.bound import PROOFS, LipschitzBound
+from lipnext.core.bound import LipschitzBound, layer_evidence
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.guard import check_images
@@ -147,10 +147,7 @@ class CurvatureCertifier:
             "R_j(p) = (2 F - 2 G d - m d^2) / (sqrt(G^2 + 2 m F) + |G + m d|), d = p - features, "
             "F = (f_y - f_j)(p), less ball_error[arithmetic][y][j] for deployed, G its gradient, m = curvatures[y][j]",
             "lipschitz": {"bound": self.body.value, "proof": self.body.proof},
-            "layers": [
-                {"name": name, "bound": bound.value, "proof": bound.proof, "statement": PROOFS[bound.proof]}
-                for name, bound in self.layers
-            ],
+            "layers": layer_evidence(self.layers),
             "curvatures": self.curvatures.tolist(),
             "points": {"rivals": RIVALS, "each": POINTS},
             "assumption": "exp and log1p of torch are right to within 4 units in the last place",

@@ -40,7 +40,7 @@ from lipnext.bounds.matrix_measure import (
     per_unit,
 )
 from lipnext.certificates.margin import ARITHMETIC, freeze, whole_blocks
-from lipnext.core.bound import PROOFS, LipschitzBound
+from lipnext.core.bound import PROOFS, LipschitzBound, layer_evidence
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.guard import check_images, refuse_fast_convolution
@@ -226,11 +226,8 @@ class ImplicitCertifier:
     def describe(self) -> dict[str, Any]:
         """Return the evidence for `certificate.json`, for both semantics; an arithmetic without a bound is left out."""
         iteration = self.stored.iteration
-        layers = [
-            {"name": name, "bound": bound.value, "proof": bound.proof, "statement": PROOFS[bound.proof]}
-            for name, bound in ((n, layer.lipschitz_bound()) for n, layer in self.network.named_layers())
-            if bound.norm == math.inf
-        ]
+        bounds = ((name, layer.lipschitz_bound()) for name, layer in self.network.named_layers())
+        layers = layer_evidence((name, bound) for name, bound in bounds if bound.norm == math.inf)
         ball = {"real": self._ball_error(None).tolist()}
         for arithmetic in ARITHMETIC:
             with contextlib.suppress(UnsoundError):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lipnext.certificates.margin import ARITHMETIC, freeze, whole_blocks
-from lipnext.core.bound import PROOFS
+from lipnext.core.bound import layer_evidence
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.guard import check_images
@@ -122,10 +122,7 @@ class IntervalCertifier:
             "certificate": "per image: the largest eps tried for which interval arithmetic on [x - eps, x + eps] proves the "
             "label; for real arithmetic at least min_j (z_y - z_j) / constants[y][j]",
             "lipschitz": {"bound": self.body.value, "proof": self.body.proof},
-            "layers": [
-                {"name": name, "bound": bound.value, "proof": bound.proof, "statement": PROOFS[bound.proof]}
-                for name, bound in bounds
-            ],
+            "layers": layer_evidence(bounds),
             "constants": self.constants.tolist(),
             "arithmetic": "float64",
         }

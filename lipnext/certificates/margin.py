@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipnext.core.bound import PROOFS, LipschitzBound
+from lipnext.core.bound import LipschitzBound, layer_evidence
 from lipnext.core.certificate import Certificate, Semantics, check_semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.files import sha256_tensors
@@ -147,10 +147,7 @@ class MarginCertifier:
             "certificate": "r = min_j (f_y - f_j - E[y][j]) / (lipschitz.bound * head_distances[y][j]), "
             "E = margin_error, and for deployed margin_error + ball_error[arithmetic]",
             "lipschitz": {"bound": evidence.body.value, "proof": evidence.body.proof},
-            "layers": [
-                {"name": name, "bound": bound.value, "proof": bound.proof, "statement": PROOFS[bound.proof]}
-                for name, bound in evidence.layers
-            ],
+            "layers": layer_evidence(evidence.layers),
             "head_distances": evidence.distances.tolist(),
             "margin_error": evidence.margin_error.tolist(),
             "ball_error": tables,

@@ -32,7 +32,7 @@ from lipnext.bounds.normal import normal_quantile_down
 from lipnext.certificates.local import LocalBody
 from lipnext.certificates.margin import longest_image, whole_blocks
 from lipnext.certificates.noise import LEVELS, TOTAL_VARIATION, rounded_normal
-from lipnext.core.bound import PROOFS, LipschitzBound
+from lipnext.core.bound import LipschitzBound, layer_evidence
 from lipnext.core.certificate import ABSTAIN, Certificate, Semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.files import sha256_tensors
@@ -190,10 +190,7 @@ class SmoothingCertifier:
                 "knows the seed can search for images on which the votes mislead, so draw a new one where that matters",
             ],
             "lipschitz": {"bound": self.body.value, "proof": self.body.proof},
-            "layers": [
-                {"name": name, "bound": bound.value, "proof": bound.proof, "statement": PROOFS[bound.proof]}
-                for name, bound in self.layers
-            ],
+            "layers": layer_evidence(self.layers),
             "latent_error": self.latent_error,
             "arithmetic": "float64",
         }

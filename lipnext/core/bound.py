@@ -1,7 +1,9 @@
 """A Lipschitz bound that carries its proof, and the estimate that is kept apart from it."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lipnext.core.errors import UnsoundError, nearest
 from lipnext.core.rounding import mul_up
@@ -118,6 +120,14 @@ def check_bound(bound: object) -> None:
             f"a proved LipschitzBound is needed, got {type(bound).__name__}; "
             "take it from lipschitz_bound() of the network"
         )
+
+
+def layer_evidence(layers: Iterable[tuple[str, LipschitzBound]]) -> list[dict[str, Any]]:
+    """Return what `certificate.json` says about each layer: its name, bound, proof, and what the proof states."""
+    return [
+        {"name": name, "bound": bound.value, "proof": bound.proof, "statement": PROOFS[bound.proof]}
+        for name, bound in layers
+    ]
 
 
 def norm_label(norm: float) -> str:

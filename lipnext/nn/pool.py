@@ -5,9 +5,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from lipnext.core.bound import LipschitzBound
+from lipnext.core.errors import ConfigError
 from lipnext.core.module import LipschitzModule
 from lipnext.core.propagation import after_pooling, after_product
 from lipnext.core.rounding import RoundingState
+
+
+def patch_grid(input_shape: tuple[int, int, int], patch: int, width: int) -> tuple[int, int]:
+    """Return how many patches of `patch x patch` pixels cover an image `(c, H, W)`, down and across.
+
+    Raises:
+        ConfigError: if `width` channels cannot hold the pixels of a patch.
+    """
+    channels, height, breadth = input_shape
+    if width < channels * patch**2:
+        raise ConfigError(
+            f"model.width: {width} channels cannot hold patches of {channels} x {patch} x {patch} = "
+            f"{channels * patch**2} pixels; take a width of at least that or a smaller model.patch"
+        )
+    return -(-height // patch), -(-breadth // patch)
 
 
 class SpaceToDepth(LipschitzModule):

@@ -11,7 +11,7 @@ from lipnext.nn.convolution import Convolution
 from lipnext.nn.dense import Dense
 from lipnext.nn.gradient_step import GradientStep
 from lipnext.nn.head import FirstCoordinatesHead, UnitRowHead
-from lipnext.nn.pool import SumPool
+from lipnext.nn.pool import SumPool, patch_grid
 from lipnext.nn.position import Centre
 from lipnext.nn.reshape import Flatten, PadChannels, Unshuffle
 
@@ -53,7 +53,7 @@ def residual_network(layer: type[GradientStep]) -> Callable[..., LipschitzNetwor
         Raises:
             ConfigError: if a value is out of range, the width too small for a patch, or the image for the window.
         """
-        channels, height, breadth = input_shape
+        _, height, breadth = input_shape
         if min(width, depth, dense_depth, inner, dense_inner) < 1:
             raise ConfigError(
                 "model: width, depth, dense_depth, inner and dense_inner must be at least 1, got "
@@ -63,12 +63,7 @@ def residual_network(layer: type[GradientStep]) -> Callable[..., LipschitzNetwor
             raise ConfigError(
                 f"model.patch: must be 1, 2 or 4, which divide the window of {WINDOW} pixels, got {patch}"
             )
-        if width < channels * patch**2:
-            raise ConfigError(
-                f"model.width: {width} channels cannot hold patches of {channels} x {patch} x {patch} = "
-                f"{channels * patch**2} pixels; take a width of at least that or a smaller model.patch"
-            )
-        grid, window = (-(-height // patch), -(-breadth // patch)), WINDOW // patch
+        grid, window = patch_grid(input_shape, patch, width), WINDOW // patch
         features = width * (grid[0] // window) * (grid[1] // window)
         if not features:
             raise ConfigError(

@@ -23,7 +23,7 @@ from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import System
 from lipnext.nn.block import ShiftBlock
 from lipnext.nn.head import UnitRowHead
-from lipnext.nn.pool import L2Pool, SpaceToDepth
+from lipnext.nn.pool import L2Pool, SpaceToDepth, patch_grid
 from lipnext.nn.position import Centre
 from lipnext.nn.reshape import Flatten
 
@@ -57,19 +57,13 @@ def build(
     Raises:
         ConfigError: if a value is out of range or the width too small for a patch.
     """
-    channels, height, breadth = input_shape
     if patch < 1 or depth < 1 or width < 1:
         raise ConfigError(
             f"model: width, depth and patch must be at least 1, got {width}, {depth} and {patch}"
         )
-    if width < channels * patch**2:
-        raise ConfigError(
-            f"model.width: {width} channels cannot hold patches of {channels} x {patch} x {patch} = "
-            f"{channels * patch**2} pixels; take a width of at least that or a smaller model.patch"
-        )
+    grid = patch_grid(input_shape, patch, width)
     if not 0 <= shift <= 0.25 or not 0 <= beta <= 1:
         raise ConfigError(f"model: shift must lie in [0, 1/4] and beta in [0, 1], got {shift} and {beta}")
-    grid = (-(-height // patch), -(-breadth // patch))
     generator = torch.Generator().manual_seed(seed)
     blocks = [
         ShiftBlock(width, grid, group=int(shift * width), folded=int(beta * width), generator=generator)

@@ -32,7 +32,7 @@ from lipnext.nn.block import ShiftBlock
 from lipnext.nn.clipped import ClippedReLU
 from lipnext.nn.convolution import Convolution, read_convolution
 from lipnext.nn.head import UnitRowHead
-from lipnext.nn.pool import SpaceToDepth
+from lipnext.nn.pool import SpaceToDepth, patch_grid
 from lipnext.nn.position import Centre
 from lipnext.nn.reshape import ChannelsFirst, Flatten
 from lipnext.nn.right_half import RightHalf
@@ -135,12 +135,7 @@ def _left_half(
         )
         shape = (width, *convolution.output_size)
         return [convolution, ClippedReLU(shape)], shape
-    if width < channels * patch**2:
-        raise ConfigError(
-            f"model.width: {width} channels cannot hold patches of {channels} x {patch} x {patch} = "
-            f"{channels * patch**2} pixels; take a width of at least that or a smaller model.patch"
-        )
-    grid = (-(-height // patch), -(-breadth // patch))
+    grid = patch_grid(input_shape, patch, width)
     blocks = [
         ShiftBlock(width, grid, group=int(shift * width), folded=width // 2, generator=source)
         for _ in range(depth)
