@@ -5,6 +5,7 @@ one process nothing is sent, and a method returns what it was given. Numbers and
 NCCL.
 """
 
+import importlib
 import itertools
 import math
 import os
@@ -147,6 +148,9 @@ def join(device: str) -> Iterator[World]:
             )
         torch.cuda.set_device(local_device(device))
         backend = "cpu:gloo,cuda:nccl"
+    # The first step of torch.optim imports torch._dynamo, and that import, inside a group, keeps the group for ever: its
+    # threads outlive the interpreter then, and a tensor that one of them lets go at that moment aborts a finished process.
+    importlib.import_module("torch._dynamo")
     # The store outlives a group, and under torchrun a restart, too: what one group wrote must not be read by the next.
     attempt = f"lipnext-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_GROUPS)}"
     with _talking():

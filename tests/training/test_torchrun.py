@@ -114,6 +114,32 @@ def test_a_signal_saves_and_one_process_goes_on(tmp_path: Path) -> None:
     assert result["clean"] > 0.4
 
 
+def test_no_thread_of_a_group_outlives_it(tmp_path: Path) -> None:
+    program = """
+import os, pathlib, torch
+from lipnext.core.world import join
+weight = torch.ones(2, requires_grad=True)
+with join("cpu") as world:
+    weight.sum().backward()
+    torch.optim.AdamW([weight]).step()
+    world.add(1.0)
+pathlib.Path(f"threads{world.rank}").write_text(
+    " ".join(sorted((task / "comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir()))
+)
+"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*command, "program.py"],
+        cwd=tmp_path,
+        check=True,
+        timeout=SECONDS,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert "gloo" not in (tmp_path / "threads0").read_text()
+    assert "gloo" not in (tmp_path / "threads1").read_text()
+
+
 def test_the_benchmark_prints_one_json_document() -> None:
     root = Path(__file__).resolve().parents[2]
     words = [
