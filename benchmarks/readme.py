@@ -391,7 +391,151 @@ def ablations_table(dataset: str) -> str:
     return "\n".join(lines)
 
 
+def load_table() -> str:
+    """The server under load."""
+    lines = []
+    for r in load("serve.json"):
+        whole, memory = r["whole_test_set"], r["memory_mib"]
+        answers = ", ".join(f"{count:,} x {status}" for status, count in r["answers"].items())
+        malformed = ", ".join(f"{count:,} x {status}" for status, count in r["malformed"].items())
+        lines += [
+            f"`{r['run']}`, {r['clients']} clients for {r['seconds']:.0f} s on one machine with the server ({r['device']}):",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| answers, all compared with the certificate | {answers} |",
+            f"| labels or radii that differ, swapped answers | {r['wrong_or_swapped']} |",
+            f"| connections dropped | {r['dropped']} |",
+            f"| malformed requests mixed in | {malformed} |",
+            f"| images a second | {r['images_per_second']:.0f} |",
+            f"| time of an answer: median, 95 %, 99 % | {r['p50_ms']:.0f}, {r['p95_ms']:.0f}, {r['p99_ms']:.0f} ms |",
+            f"| memory after a quarter of the time, at the end | {memory['first']:.0f}, {memory['last']:.0f} MiB |",
+            f"| whole test part asked for once, answers that differ | {whole['different']} of {whole['images']:,} |",
+        ]
+    return "\n".join(lines)
+
+
+def processes_table() -> str:
+    """Two processes against one, and the optimiser's state."""
+    lines = []
+    for r in load("distributed.json"):
+        speeds = r["images_per_second"]
+        lines += [
+            f"{r['what']}, {r['cores']} cores:",
+            "",
+            "| processes | images a second | speedup | state beside the weights, largest process | share |",
+            "|---|---|---|---|---|",
+        ]
+        for size, held in r["state"].items():
+            speed = f"{speeds[size]:.0f}" if size in speeds else "-"
+            gain = f"{r['speedup']:.2f}x" if size == "2" else "-"
+            lines.append(
+                f"| {size} | {speed} | {gain} | {held / 2**20:.2f} MiB | {r['state_share'][size]:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    """What the three ways to keep activations store and cost, by depth."""
+    lines = []
+    for r in load("memory.json"):
+        lines += [
+            f"{r['what']}, {r['dtype']}:",
+            "",
+            "| depth | `train.activations` | stored after the forward pass | high-water mark of a step | time against `keep` |",
+            "|---|---|---|---|---|",
+        ]
+        for row in r["rows"]:
+            sizes = " | ".join(f"{row[key] / 2**20:.1f} MiB" for key in ("stored_bytes", "peak_bytes"))
+            lines.append(
+                f"| {row['depth']} | `{row['activations']}` | {sizes} | {row['ratio_to_keep']:.2f}x |"
+            )
+    return "\n".join(lines)
+
+
+def linf_table() -> str:
+    """Runs with radii in the l-infinity norm, shares rounded down, attacked accuracy up."""
+    lines = [
+        "| run | minutes | clean | eps | certified | by constants alone "
+        "| attacked: of | clean | certified | survives | inside a radius |",
+        "|" + "---|" * 11,
+    ]
+    for document in load("linf.json"):
+        for r in document["runs"]:
+            audit = r["audit"]
+            for eps, share in r["cra"].items():
+                cells = [
+                    f"`{r['system']}/{r['preset']}`",
+                    f"{r['minutes']:.1f}",
+                    floor(r["clean"]),
+                    eps,
+                    floor(share),
+                    floor(r["cra_global"][eps]),
+                    str(audit["samples"]),
+                    *(
+                        f"{found:.3f}"
+                        for found in (audit["clean"], audit["cra"][eps], audit["attacked"][eps])
+                    ),
+                    str(audit["violations"]),
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def clarke_table() -> str:
+    """Local constants by three methods."""
+    lines = [
+        "| network | eps | sampled | joint | RecurJac | interval | RecurJac / joint | in this order | seconds, joint |",
+        "|" + "---|" * 9,
+    ]
+    for document in load("clarke.json"):
+        for network in document["networks"]:
+            for r in network["methods"]:
+                constants = [f"{value:.4g}" for value in r["median_constant"].values()]
+                cells = [
+                    f"{network['network']}, {network['images']} images",
+                    f"{r['eps']}",
+                    *constants,
+                    f"{r['recurjac_over_joint']:.2f}x",
+                    "always" if r["ordered"] else "NO",
+                    f"{r['seconds']['joint']['cores']:.1f}",
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def votes_table() -> str:
+    """Certified accuracy by votes, rounded down."""
+    lines = []
+    for document in load("smoothing.json"):
+        rows = document["runs"]
+        lines += [
+            "| experiment | minutes | clean | "
+            + " | ".join(f"certified {eps}" for eps in rows[0]["cra"])
+            + " | ACR | abstained | of | votes | alpha |",
+            "|" + "---|" * (8 + len(rows[0]["cra"])),
+        ]
+        for r in rows:
+            cells = [
+                f"`{r['experiment']}`",
+                f"{r['minutes']:.1f}",
+                *(floor(found) for found in (r["clean"], *r["cra"].values(), r["acr"])),
+                floor(r["abstained"]),
+                str(r["n"]),
+                f"{r['votes']:,}",
+                str(r["alpha"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "load": load_table,
+    "processes": processes_table,
+    "memory": memory_table,
+    "linf": linf_table,
+    "clarke": clarke_table,
+    "votes": votes_table,
     "ablations_fashion": lambda: ablations_table("fashion-mnist"),
     "ablations_cifar10": lambda: ablations_table("cifar10"),
     "results": results_table,

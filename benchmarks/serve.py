@@ -4,7 +4,7 @@
 
 Each client sends test images one by one, as JSON or PNG in turn, over a connection that it keeps, and compares each answer with
 the certificate computed offline in this process, bit for bit. Server and clients share the machine. When the load is over the
-whole test set is asked for once more, in batches: `different` counts the labels and radii that are not those of the certificate.
+whole test set is asked for once more, in batches: `different` counts labels and radii that are not the certificate's.
 """
 
 import argparse

@@ -283,7 +283,7 @@ def fashion_mnist_cpu() -> Experiment:
     return _small(
         "fashion-mnist-cpu",
         "Fashion-MNIST; a quarter of an hour on 2 CPU cores with a C compiler",
-        epochs=40,
+        epochs=22,
         radius="0.3",
     )
 
