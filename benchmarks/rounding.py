@@ -33,10 +33,10 @@ CASES: tuple[tuple[Semantics, str], ...] = (
 )
 
 
-def search(run: Path, count: int, directions: int, rounds: int) -> list[dict[str, Any]]:
+def search(run: Path, data: str | None, count: int, directions: int, rounds: int) -> list[dict[str, Any]]:
     """Search around `count` images of each kind, for each semantics and each type that a program may run in."""
     net = runs.load(run).net
-    test = load_data(load_experiment(run).data).test
+    test = load_data(runs.data_of(load_experiment(run), data)).test
     images = test.float_images(slice(4 * count))
     rows = []
     for semantics, arithmetic in CASES:
@@ -88,13 +88,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path)
+    parser.add_argument("--data", help="folder with the data set; default the run's own")
     parser.add_argument("--images", type=int, default=1000, help="of each kind")
     parser.add_argument("--directions", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
-    rows = search(args.run, args.images, args.directions, args.rounds)
+    rows = search(args.run, args.data, args.images, args.directions, args.rounds)
     document = {
         "run": args.run.name,
         "rows": rows,

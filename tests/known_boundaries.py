@@ -46,7 +46,7 @@ def sphere_case(seed: int, norm: float = 2.0) -> Case:
     images = (centre + radius[:, None] * direction).reshape(-1, 3, 3, 3)
 
     def logits(x: Tensor) -> Tensor:
-        r = (x.flatten(1) - centre).norm(dim=1)
+        r = (x.flatten(1) - centre.to(x.dtype)).norm(dim=1)
         return torch.stack([1.5 - r, 0.5 + 0 * r, r - 1.5], dim=1)
 
     if norm == 2.0:

@@ -91,13 +91,14 @@ def apgd(
     check_inputs(images, labels_predicted, steps, restarts)
     best = Best(images, labels_predicted, norm, radii_of(radius, images))
     reach = inner_radii(best.limit, images)
-    rivals = nearest_rivals(logits, best)
+    rivals = nearest_rivals(logits, best) if objective == "margin" else None
     for restart in range(restarts):
         if objective == "ce":
             goal = away_from(labels_predicted)
         elif objective == "dlr":
             goal = _logits_ratio(labels_predicted)
         else:
+            assert rivals is not None
             goal = towards(rivals[:, restart % rivals.shape[1]], labels_predicted)
         noise = generator("apgd", objective, seed, restart)
         start = torch.zeros_like(images)

@@ -98,17 +98,17 @@ def nearest_rivals(logits: Logits, best: Best) -> Tensor:
     """Return (n, R) of the R <= `RIVALS` largest rivals, those whose linearised boundary is nearest first."""
     images, labels = best.originals, best.labels
     everything = torch.arange(len(images), device=images.device)
-    with torch.no_grad():
-        values = logits(images)
-    if values.dim() != 2 or values.shape[1] < 2:
-        raise DataError(f"an attack needs logits (n, K) of K >= 2 classes, got {tuple(values.shape)}")
-    count = min(RIVALS, values.shape[1] - 1)
-    rivals = values.scatter(1, labels[:, None], -math.inf).topk(count, dim=1).indices
-    gaps = []
-    for rival in rivals.unbind(1):
-        objective = towards(rival, labels)
-        values, gradient = ascend(logits, images, everything, objective)
-        gaps.append(-objective(values, everything) / dual_norm(gradient, best.norm))
+    points = images.detach().requires_grad_(True)
+    with torch.enable_grad():
+        values = _evaluate(logits, points)
+        count = min(RIVALS, values.shape[1] - 1)
+        rivals = values.detach().scatter(1, labels[:, None], -math.inf).topk(count, dim=1).indices
+        gaps = []
+        for rival in rivals.unbind(1):
+            margin = towards(rival, labels)(values, everything)
+            # One forward pass serves all rivals.
+            gradient = _gradient(margin, points, retain_graph=True)
+            gaps.append(-margin.detach() / dual_norm(gradient, best.norm))
     return rivals.gather(1, torch.stack(gaps, dim=1).nan_to_num(math.inf).argsort(dim=1))
 
 
@@ -137,18 +137,29 @@ def ascend(logits: Logits, points: Tensor, index: Tensor, objective: Objective) 
     """Return the logits and the gradient of the objective in the images.
 
     Raises:
+        DataError: where the logits are not those of two classes or more.
         ConfigError: where the network has no gradient in the image.
     """
     points = points.detach().requires_grad_(True)
     with torch.enable_grad():
-        values = logits(points)
-        total = objective(values, index).sum()
-        if not total.requires_grad:
-            raise ConfigError(
-                "the network has no gradient in the image; pass one that torch can differentiate"
-            )
-        (gradient,) = torch.autograd.grad(total, points)
+        values = _evaluate(logits, points)
+        gradient = _gradient(objective(values, index), points)
     return values.detach(), gradient
+
+
+def _evaluate(logits: Logits, points: Tensor) -> Tensor:
+    values = logits(points)
+    if values.dim() != 2 or values.shape[1] < 2:
+        raise DataError(f"an attack needs logits (n, K) of K >= 2 classes, got {tuple(values.shape)}")
+    return values
+
+
+def _gradient(objective: Tensor, points: Tensor, retain_graph: bool = False) -> Tensor:
+    total = objective.sum()
+    if not total.requires_grad:
+        raise ConfigError("the network has no gradient in the image; pass one that torch can differentiate")
+    (gradient,) = torch.autograd.grad(total, points, retain_graph=retain_graph)
+    return gradient
 
 
 def direction(gradient: Tensor, noise: torch.Generator, norm: float) -> Tensor:

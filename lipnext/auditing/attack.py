@@ -39,7 +39,8 @@ from lipnext.core.certificate import Certificate
 from lipnext.core.errors import DataError, UnsoundError
 from lipnext.core.seed import generator
 
-BISECTIONS = 40
+# As many as the precision can tell apart, beyond what the result needs.
+BISECTIONS = {torch.float32: 18, torch.float64: 40}
 # One rival is too few: on the digits the nearest boundary was often that of the second or third.
 AIMED_AT = 3
 # How far behind the linearised boundary a new candidate is put; a curved boundary needs the larger ones.
@@ -170,11 +171,12 @@ def minimal_norm(
         _shrink_sphere(logits, best, towards(rival, labels), each + (k < rest), noise, box, progress)
     _shrink_sphere(logits, best, largest_rival(labels), (steps + 1) // 2, noise, box, progress)
     _start_from_others(logits, best)
-    _bisect(logits, best, BISECTIONS)
+    halvings = BISECTIONS[images.dtype]
+    _bisect(logits, best, halvings)
     for _ in range(5):
         _walk(logits, best, noise, box)
-        _bisect(logits, best, BISECTIONS // 3)
-    _bisect(logits, best, BISECTIONS)
+        _bisect(logits, best, halvings // 3)
+    _bisect(logits, best, halvings)
     return best.result()
 
 

@@ -21,6 +21,7 @@ from lipnext.auditing.adapters import autoattack, foolbox_attack
 from lipnext.auditing.apgd import apgd
 from lipnext.auditing.ascent import AttackResult, Logits, check_inputs, radii_of
 from lipnext.auditing.attack import minimal_norm, pgd
+from lipnext.auditing.recheck import attack_in_float32
 from lipnext.core.bound import norm_label
 from lipnext.core.eps import eps_label, parse_eps, parse_eps_list
 from lipnext.core.errors import ConfigError, DataError, nearest
@@ -28,6 +29,14 @@ from lipnext.core.files import sha256_tensors
 from lipnext.core.rounding import fraction_down
 
 FORMAT = "lipnext attacks 2"
+
+
+def _autoattack(
+    logits: Logits, images: Tensor, labels: Tensor, radius: float, *, norm: float, seed: int, **_: Any
+) -> AttackResult:
+    """AutoAttack has its own steps and always clips."""
+    return autoattack(logits, images, labels, radius, norm=norm, seed=seed)
+
 
 # Attacks that look for the smallest perturbation run once, the others once in each ball.
 MINIMAL: dict[str, Callable[..., AttackResult]] = {
@@ -44,7 +53,7 @@ IN_A_BALL: dict[str, Callable[..., AttackResult]] = {
 # These know nothing of `restarts`, take one radius for all images, and clip.
 ONE_RADIUS: dict[str, Callable[..., AttackResult]] = {
     "foolbox-pgd": partial(foolbox_attack, attack="pgd"),
-    "autoattack": autoattack,
+    "autoattack": _autoattack,
 }
 ATTACKS = (*MINIMAL, *IN_A_BALL, *ONE_RADIUS)
 STANDARD = ("minimal-norm", "pgd", "apgd-ce", "apgd-margin")
@@ -118,6 +127,8 @@ def run_suite(
     box: bool = False,
     batch_size: int = 256,
     keep: Sequence[int] = (),
+    truth: Tensor | None = None,
+    searched: Logits | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SuiteResult:
     """Attack all images with all attacks, each only where those before it left something to win.
@@ -141,18 +152,32 @@ def run_suite(
         box: keep the images in [0, 1].
         batch_size: images that are attacked together.
         keep: indices of images whose closest success is returned as `kept`, wherever it lies.
+        truth: int64 (n,), the true classes. Where given, balls of `eps` that can change no count are left out: on images that
+            are wrong from the start, and those inside the image's own `radius`, whose larger ball is attacked anyway.
+        searched: the same network in float32, in which the attacks then search; a success is what `logits` shows in float64.
         progress: called with the number of images of each finished batch, those of earlier calls included.
 
     Raises:
         ConfigError: where an attack is not known, attacks nothing or needs another setting, or the file belongs to other
-            settings, another model or other data.
+            settings, another model or other data, or `searched` is given for images that are not float64.
         DataError: where images, labels or radii do not fit, or the file is damaged.
         UnsoundError: for another norm.
     """
     balls = parse_eps_list(eps) if eps else {}
     own = None if radius is None else radii_of(radius, images)
     _check(images, labels_predicted, attacks, balls, own, steps, restarts, batch_size, box)
-    tensors = {"images": images, "labels": labels_predicted} | ({} if own is None else {"radius": own})
+    if searched is not None and images.dtype != torch.float64:
+        raise ConfigError(
+            f"what float32 finds is checked in float64; pass float64 images, not {images.dtype}"
+        )
+    if truth is not None and (truth.dtype != torch.int64 or truth.shape != images.shape[:1]):
+        raise DataError(
+            f"truth must be int64 of shape ({len(images)},), got {truth.dtype} of {tuple(truth.shape)}"
+        )
+    within = _left_out(labels_predicted, truth, own)
+    tensors = {"images": images, "labels": labels_predicted}
+    tensors |= {} if own is None else {"radius": own}
+    tensors |= {} if truth is None else {"truth": truth}
     header: dict[str, Any] = {
         "format": FORMAT,
         "model_sha256": model_sha256,
@@ -167,6 +192,7 @@ def run_suite(
         "batch_size": batch_size,
         "count": len(images),
         "keep": sorted(keep),
+        "search": None if searched is None else "float32",
     }
     path = Path(path)
     done = _resume(path, header)
@@ -175,11 +201,12 @@ def run_suite(
         for number, start in enumerate(range(0, len(images), batch_size)):
             part = slice(start, start + batch_size)
             if number == len(done):
-                batch = _Batch(logits, images[part], labels_predicted[part], options, restarts)
+                batch = _Batch(logits, searched, images[part], labels_predicted[part], options, restarts)
                 batch.attack(
                     attacks,
                     [fraction_down(ball) for ball in balls.values()],
                     None if own is None else own[part],
+                    within[part],
                 )
                 wanted = [k - start for k in header["keep"] if start <= k < start + batch_size]
                 done.append(batch.record(number, None if own is None else own[part], wanted))
@@ -195,21 +222,29 @@ class _Batch:
     """The closest success so far on each image of a batch, and by which attack."""
 
     def __init__(
-        self, logits: Logits, images: Tensor, labels: Tensor, options: dict[str, Any], restarts: int
+        self,
+        logits: Logits,
+        searched: Logits | None,
+        images: Tensor,
+        labels: Tensor,
+        options: dict[str, Any],
+        restarts: int,
     ) -> None:
-        self.logits, self.images, self.labels = logits, images, labels
+        self.logits, self.searched, self.images, self.labels = logits, searched, images, labels
         self.options, self.restarts = options, restarts
         self.distance = torch.full((len(images),), math.inf, dtype=torch.float64, device=images.device)
         self.points = images.clone()
         self.names: list[str | None] = [None] * len(images)
 
-    def attack(self, names: Sequence[str], balls: list[float], own: Tensor | None) -> None:
+    def attack(self, names: Sequence[str], balls: list[float], own: Tensor | None, within: Tensor) -> None:
+        """Run each attack; in balls of eps only where they are larger than `within`."""
         everything = torch.arange(len(self.images), device=self.images.device)
         for name in names:
             if name in MINIMAL:
                 self._run(name, everything)
                 continue
             limits = [torch.full_like(self.distance, ball) for ball in sorted(balls)]
+            limits = [limit.where(limit > within, 0) for limit in limits]
             for limit in limits + ([] if own is None else [own]):
                 index = torch.nonzero((self.distance > limit) & (limit > 0)).flatten()
                 if len(index) and name in IN_A_BALL:
@@ -219,10 +254,14 @@ class _Batch:
 
     def _run(self, name: str, index: Tensor, *radius: Tensor | float, **more: Any) -> None:
         options = self.options | more
-        if name == "autoattack":
-            options = {key: options[key] for key in ("norm", "seed")}
         function = (MINIMAL | IN_A_BALL | ONE_RADIUS)[name]
-        result = function(self.logits, self.images[index], self.labels[index], *radius, **options)
+        images, labels = self.images[index], self.labels[index]
+        if self.searched is None:
+            result = function(self.logits, images, labels, *radius, **options)
+        else:
+            result = attack_in_float32(
+                function, self.searched, self.logits, images, labels, *radius, **options
+            )
         better = result.distance < self.distance[index]
         self.distance[index[better]] = result.distance[better]
         self.points[index[better]] = result.images[better]
@@ -242,6 +281,14 @@ class _Batch:
 
     def _points(self, rows: list[int]) -> dict[str, list[float]]:
         return {str(k): self.points[k].flatten().tolist() for k in rows}
+
+
+def _left_out(labels: Tensor, truth: Tensor | None, own: Tensor | None) -> Tensor:
+    """Return float64 (n,): the radius up to which balls of eps are left out, 0 where none is and inf where all are."""
+    if truth is None:
+        return torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    within = torch.zeros_like(labels, dtype=torch.float64) if own is None else own
+    return within.masked_fill(labels != truth.to(labels.device), math.inf)
 
 
 def _resume(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
