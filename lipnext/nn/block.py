@@ -22,6 +22,7 @@ from lipnext.nn.mixing import OrthogonalMixing
 from lipnext.nn.position import ChannelBias, PositionalEncoding
 from lipnext.nn.reversible import Reversible, Weights, compute_dtype, pack_signs, unpack_signs
 from lipnext.nn.shift import CircularShift, shift_
+from lipnext.nn.triton_dispatch import usable
 
 
 class ShiftBlock(Reversible):
@@ -65,13 +66,23 @@ class ShiftBlock(Reversible):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Apply the block; under autocast both token products run in the autocast dtype."""
+        """Apply the block; under autocast both token products run in the autocast dtype.
+
+        A network whose weights are being trained takes `shift_triton` on a GPU where Triton is installed; what is evaluated,
+        and so what is certified, takes torch's operations.
+        """
         dtype = compute_dtype(tokens)
         product = self.product if self.mixing is None else _outer_product(self.mixing, self.rotation)
         assert product is not None
+        tokens = tokens.to(dtype)
+        function: type[Function] = _ShiftBlockFunction
+        if self.training and product.requires_grad and usable(tokens, torch.float32, torch.bfloat16):
+            from lipnext.nn.shift_triton import ShiftBlockFunction
+
+            function = ShiftBlockFunction
         with torch.autocast(tokens.device.type, enabled=False):
-            return _ShiftBlockFunction.apply(
-                tokens.to(dtype),
+            return function.apply(
+                tokens,
                 self.position.to(dtype),
                 self.rotation.to(dtype),
                 product.to(dtype),
@@ -118,7 +129,7 @@ class ShiftBlock(Reversible):
         shift_(gu.view(shape), self.group, -1)
         x = u @ _undone(rotation)
         del u
-        gx, grotation, gposition = _below_rotation(gu, x, rotation, shape)
+        gx, grotation, gposition = below_rotation(gu, x, rotation, shape)
         gradients = {"rotation": grotation, "product": gproduct, "position": gposition, "bias": gbias}
         gradients = {name: value.to(stored) for name, value in gradients.items()}
         if "mixing" in weights:
@@ -205,7 +216,7 @@ def _below_product(gv: Tensor, u: Tensor, product: Tensor) -> tuple[Tensor, Tens
     return gv @ product, gv.mT @ u, gv.sum(0)
 
 
-def _below_rotation(
+def below_rotation(
     gu: Tensor, x: Tensor, rotation: Tensor, shape: torch.Size
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the tokens, of the rotation and of the position; `gu` is shifted back already."""
@@ -216,7 +227,10 @@ def _below_rotation(
 
 
 class _ShiftBlockFunction(Function):
-    """The fused forward and backward; all tensors share one dtype."""
+    """The fused forward and backward; all tensors share one dtype.
+
+    With frozen weights, as under an attack, the backward pass is that of the tokens alone: half of the products.
+    """
 
     @staticmethod
     def forward(
@@ -230,11 +244,13 @@ class _ShiftBlockFunction(Function):
         folded: int,
     ) -> Tensor:
         x, u, v = _unfolded(tokens, position, rotation, product, bias, group)
+        ctx.frozen = not any(ctx.needs_input_grad[1:])
         # The slope of |v|, +1 or -1 (at v = 0 either is in the subdifferential). Kept in the compute dtype: a product
         # with it in the backward pass is several times faster than a masked copy.
         slope = torch.copysign(v.new_ones(()), v[:, :folded])
         v[:, :folded].abs_()
-        ctx.save_for_backward(x, u, rotation, product, slope)
+        # The gradients of the weights alone need the first two.
+        ctx.save_for_backward(*((None, None) if ctx.frozen else (x, u)), rotation, product, slope)
         ctx.shape, ctx.group, ctx.folded = tokens.shape, group, folded
         return v.view(tokens.shape)
 
@@ -245,7 +261,11 @@ class _ShiftBlockFunction(Function):
         shape = ctx.shape
         gv = grad.reshape(-1, shape[-1]).clone()
         gv[:, : ctx.folded].mul_(slope)
+        if ctx.frozen:
+            gu = gv @ product
+            shift_(gu.view(shape), ctx.group, -1)
+            return (gu @ rotation).view(shape), None, None, None, None, None, None
         gu, gproduct, gbias = _below_product(gv, u, product)
         shift_(gu.view(shape), ctx.group, -1)
-        gx, grotation, gposition = _below_rotation(gu, x, rotation, shape)
+        gx, grotation, gposition = below_rotation(gu, x, rotation, shape)
         return gx, gposition, grotation, gproduct, gbias, None, None

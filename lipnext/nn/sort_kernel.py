@@ -1,8 +1,9 @@
 """Distances, order statistics and lp norms of `x - w` for all pairs of rows, never all at once in memory.
 
-On a CPU with a C compiler `sort_kernel.c` is compiled once a process, in a second; elsewhere torch computes the same in
-pieces. PyTorch's own `cdist` is no help: it is several times slower at p = inf and much more at finite p, gives NaN for
-p = 1000, and at p = inf its gradient goes to all of several equal maxima.
+On a CPU with a C compiler `sort_kernel.c` is compiled once a process, in a second; on a GPU where Triton is installed
+`sort_triton` is taken; elsewhere torch computes the same in pieces. PyTorch's own `cdist` is no help: it is several times
+slower at p = inf and much more at finite p, gives NaN for p = 1000, and at p = inf its gradient goes to all of several
+equal maxima.
 """
 
 import ctypes
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from lipnext.nn.triton_dispatch import usable
 
 PIECE = 2**22
 """Numbers that torch holds at once."""
@@ -62,10 +65,14 @@ def top(
     """
     groups, batch, n = low.shape
     outputs, terms = weight.shape[1], len(coefficients)
+    if usable(low, torch.float32):  # certificates are in float64, and take operations that have run on GPUs
+        from lipnext.nn import sort_triton
+
+        return sort_triton.top(low, high, weight, coefficients, nearest=nearest)
     compiled = library() if _fits(low, torch.float32, torch.float64) else None
     if compiled is not None:
         a, b, w = (_filled(t) for t in (low, high, weight))
-        c, wide = coefficients.detach().contiguous(), a.shape[-1]
+        c, wide = coefficients.detach().to(low.dtype).contiguous(), a.shape[-1]
         sums = a.new_empty(groups, batch, outputs)
         places = torch.empty(groups, batch, outputs, terms, dtype=torch.int32)
         call = compiled.top_float if low.dtype == torch.float32 else compiled.top_double
@@ -91,6 +98,10 @@ def power_distance(x: Tensor, weight: Tensor, exponent: float) -> Tensor:
     """Return `(sum_i |x_i - w_i|^p)^(1/p)` for rows `(g, b, n)` and `(g, m, n)`, shape `(g, b, m)`, finite p."""
     groups, batch, n = x.shape
     outputs = weight.shape[1]
+    if usable(x, torch.float32):
+        from lipnext.nn import sort_triton
+
+        return sort_triton.power_distance(x, weight, exponent)
     y = x.new_empty(groups, batch, outputs)
     compiled = library() if _fits(x, torch.float32) else None
     if compiled is not None:
@@ -113,6 +124,10 @@ def power_gradients(
     """Return the gradients of `sum(dy * y)` in x and in the weight, y from `power_distance`."""
     groups, batch, n = x.shape
     outputs = weight.shape[1]
+    if usable(x, torch.float32):
+        from lipnext.nn import sort_triton
+
+        return sort_triton.power_gradients(x, weight, exponent, y, dy)
     compiled = library() if _fits(x, torch.float32) else None
     if compiled is not None:
         a, w, y, dy = _filled(x), _filled(weight), y.contiguous(), dy.contiguous()

@@ -115,6 +115,22 @@ def test_gradcheck_of_a_materialised_block():
     assert torch.autograd.gradcheck(run, (tokens, *(getattr(block, n) for n in names)), fast_mode=True)
 
 
+@pytest.mark.parametrize("materialised", [False, True])
+def test_frozen_weights_leave_the_gradient_of_the_tokens_as_it_is(materialised):
+    block = _block(8, (2, 3), group=2, folded=5).double()
+    block = block.materialise() if materialised else block
+    weight = torch.randn(3, *block.grid, 8, dtype=torch.float64)
+    gradients = []
+    for trained in (True, False):
+        tokens = _tokens(block, 3).double().requires_grad_(True)
+        (block.requires_grad_(trained)(tokens) * weight).sum().backward()
+        gradients.append(tokens.grad)
+    assert torch.equal(*gradients)
+    block.rotation.requires_grad_(True)  # one that is trained is enough
+    (block(_tokens(block, 3).double().requires_grad_(True)) * weight).sum().backward()
+    assert block.rotation.grad.abs().max() > 0
+
+
 def test_gradient_at_the_kink_is_an_element_of_the_subdifferential():
     """All tokens zero: `|v|` at 0 takes the slope +1, and the gradient is that without folding."""
     block = ShiftBlock(4, (2, 2), group=1, folded=4)
