@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
 
 def floor(value: float) -> str:
     return str(Decimal(repr(value)).quantize(Decimal("0.001"), ROUND_FLOOR))  # 0.884 stays 0.884
+
+
+def ceiling(value: float) -> str:
+    return str(Decimal(repr(value)).quantize(Decimal("0.001"), ROUND_CEILING))
 
 
 def load(pattern: str) -> list[dict[str, Any]]:
@@ -152,16 +156,20 @@ def temperature_table() -> str:
 
 
 def attacks_table() -> str:
-    """Certified accuracy below, attacked accuracy above; the truth lies between."""
+    """Certified accuracy below, rounded down, attacked accuracy above, rounded up; the truth lies between."""
     lines = [
-        "| run | images | clean | eps | certified | attacked | inside a radius |",
-        "|" + "---|" * 7,
+        "| run | images | clean | eps | certified | attacked | inside a radius | nearest success, in radii |",
+        "|" + "---|" * 8,
     ]
-    for document in load("attacks*.json"):
-        for r in document["runs"]:
-            for eps in r["cra"]:
-                cells = [f"`{r['run']}`", str(r["n"]), floor(r["clean"]), eps, floor(r["cra"][eps])]
-                lines.append("| " + " | ".join([*cells, floor(r["attacked"][eps]), str(r["inside"])]) + " |")
+    runs = [r for document in load("attacks*.json") for r in document["runs"]]
+    # A run that was attacked twice is told with the most images.
+    largest = {r["run"]: r for r in sorted(runs, key=lambda r: r["n"])}
+    for r in sorted(largest.values(), key=lambda r: -r["n"]):
+        nearest = "-" if r["closest"] is None else floor(r["closest"])
+        for eps in r["cra"]:
+            cells = [f"`{r['run']}`", str(r["n"]), floor(r["clean"]), eps, floor(r["cra"][eps])]
+            cells += [ceiling(r["attacked"][eps]), str(r["inside"]), nearest]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

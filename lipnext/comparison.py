@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from lipnext.core.eps import parse_eps, parse_eps_list
 from lipnext.core.errors import ConfigError
 from lipnext.core.experiment import Experiment
 from lipnext.core.rounding import fraction_down
-from lipnext.data.dataset import Dataset, Splits, load
+from lipnext.data.dataset import Dataset, ImageSet, Splits, load
 from lipnext.deployment.bundle import load_bundle, load_experiment
 from lipnext.deployment.figures import Curve
 from lipnext.training.log import LOG, epochs
@@ -134,7 +135,7 @@ def compare(
     if nearest_neighbour and (norm is not None or any(_is_l2(run) for run in found)):
         found.append(nearest(splits))
     if norm is not None:
-        found = [_converted(run, norm, splits.test.images[0].numel()) for run in found]
+        found = [_converted(run, norm, math.prod(splits.test.shape)) for run in found]
     return {
         "lipnext_version": __version__,
         "torch_version": torch.__version__,
@@ -148,13 +149,15 @@ def compare(
 def measure(name: str, path: Path, splits: Splits, eps: Mapping[str, Any], attacked: int = 0) -> Run:
     """Certify one run and time it."""
     model, experiment = load_bundle(path), load_experiment(path)
-    images = splits.test.float_images()
+    test = splits.test
     started = time.perf_counter()
-    model.certify(images[:1])
+    model.certify(test.float_images(slice(1)))
     proving = time.perf_counter() - started
     started = time.perf_counter()
-    with reporter(f"certifying {name}", len(images)) as progress:
-        certificate = model.certify(images, experiment.certify.batch_size, progress.advance)
+    with reporter(f"certifying {name}", len(test)) as progress:
+        size = experiment.certify.batch_size
+        certify = partial(model.certify, batch_size=size, progress=progress.advance)
+        certificate = runs.certify_set(certify, test, size)
     seconds = time.perf_counter() - started
     result = (
         json.loads((path / runs.RESULT).read_text(encoding="utf-8")) if (path / runs.RESULT).is_file() else {}
@@ -168,7 +171,7 @@ def measure(name: str, path: Path, splits: Splits, eps: Mapping[str, Any], attac
         "training_images_per_second": result["epochs"] * len(splits.train) / (60 * trained)
         if trained
         else None,
-        "certified_images_per_second": len(images) / seconds,
+        "certified_images_per_second": len(test) / seconds,
         "proving_seconds": proving,
     }
     estimate = _published(model)
@@ -187,8 +190,17 @@ def measure(name: str, path: Path, splits: Splits, eps: Mapping[str, Any], attac
 
 
 def nearest(splits: Splits) -> Run:
-    """Certify by the nearest neighbour in the training part."""
+    """Certify by the nearest neighbour in the training part.
+
+    Raises:
+        ConfigError: if the data set is not held in memory.
+    """
     train, test = splits.train, splits.test
+    if not (isinstance(train, Dataset) and isinstance(test, Dataset)):
+        raise ConfigError(
+            "the nearest neighbour searches all training images in memory, which data.name=shards does not hold; "
+            "take --no-nearest-neighbour"
+        )
     model = NearestNeighbour(train.images, train.labels, len(train.classes))
     started = time.perf_counter()
     with reporter("nearest neighbours", len(test)) as progress:
@@ -220,7 +232,7 @@ def _alike(found: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def tabulate(found: Sequence[Run], test: Dataset, eps: Mapping[str, Any]) -> dict[str, Any]:
+def tabulate(found: Sequence[Run], test: ImageSet, eps: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table as plain numbers, with intervals over test images and seeds; differences are to its first row.
 
     Raises:
@@ -381,7 +393,7 @@ def _attacked(path: Path, splits: Splits, eps: Mapping[str, Any], samples: int) 
     }
 
 
-def _samples(run: Run, test: Dataset, eps: Mapping[str, Any]) -> Matrix:
+def _samples(run: Run, test: ImageSet, eps: Mapping[str, Any]) -> Matrix:
     """A row for each column of the table, a column for each test image: their means are the table."""
     right, radius = _right_and_radius(run, test)
     rows = [
@@ -392,13 +404,13 @@ def _samples(run: Run, test: Dataset, eps: Mapping[str, Any]) -> Matrix:
     return np.stack([row.astype(np.float64) for row in rows])
 
 
-def _right_and_radius(run: Run, test: Dataset) -> tuple[NDArray[np.bool_], Matrix]:
+def _right_and_radius(run: Run, test: ImageSet) -> tuple[NDArray[np.bool_], Matrix]:
     certificate = run.certificate
     right = (certificate.label == test.labels).cpu().numpy()
     return right, certificate.radius.cpu().numpy()
 
 
-def _published_cra(group: Sequence[Run], test: Dataset, eps: Mapping[str, Any]) -> dict[str, float] | None:
+def _published_cra(group: Sequence[Run], test: ImageSet, eps: Mapping[str, Any]) -> dict[str, float] | None:
     """Certified accuracy as the system's own constant would have it: every radius is larger by the ratio of the constants."""
     shares = [run.published for run in group if run.published is not None]
     if len(shares) < len(group):
@@ -410,7 +422,7 @@ def _published_cra(group: Sequence[Run], test: Dataset, eps: Mapping[str, Any]) 
     return dict(zip(eps, np.mean(found, axis=0).tolist(), strict=True))
 
 
-def _curve(group: Sequence[Run], test: Dataset) -> dict[str, list[float]]:
+def _curve(group: Sequence[Run], test: ImageSet) -> dict[str, list[float]]:
     """Certified accuracy on a grid of radii, the mean over the seeds."""
     grid = [n * 3 / 255 for n in range(128)]
     pairs = [_right_and_radius(run, test) for run in group]

@@ -46,7 +46,7 @@ def cross_entropy(
             "set one of them to 0"
         )
     if offset:
-        logits = logits - offset * functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        logits = logits - offset * _is_label(labels, logits).to(logits.dtype)
     scaled = logits / temperature
     if not annealing:
         return temperature * functional.cross_entropy(scaled, labels, label_smoothing=smoothing)
@@ -76,7 +76,7 @@ def emma(logits: Tensor, labels: Tensor, distances: Tensor, radius: float) -> Te
     reach = radius * distances[labels]
     with torch.no_grad():
         share = (-u / reach.clamp_min(1e-8)).clamp(0.01, 1.0)
-    onehot = functional.one_hot(labels, logits.shape[1]).bool()
+    onehot = _is_label(labels, logits)
     return torch.where(onehot, torch.zeros_like(u), u + share * reach)
 
 
@@ -115,7 +115,7 @@ def cll(
             f"loss: cll needs a radius above 0 and a slack in (0, 1), got {radius:g} and {slack:g}"
         )
     sigma = radius / math.log((2 - slack) / slack)
-    onehot = functional.one_hot(labels, logits.shape[1]).bool()
+    onehot = _is_label(labels, logits)
     reach = distances.detach()[labels].masked_fill(onehot, 1.0).clamp_min(1e-12)
     signed = (logits - logits.gather(1, labels[:, None])) / reach
     calibrated = torch.where(onehot, -radius if two_sided else 0.0, signed + radius) / sigma
@@ -128,3 +128,8 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     right = logits.gather(1, labels[:, None]).squeeze(1)
     rivals = logits.scatter(1, labels[:, None], float("-inf"))
     return right - rivals.max(dim=1).values
+
+
+def _is_label(labels: Tensor, logits: Tensor) -> Tensor:
+    """Whether an entry `(B, K)` is the label's; unlike `functional.one_hot`, without looking at the values first."""
+    return labels[:, None] == torch.arange(logits.shape[1], device=labels.device)

@@ -187,10 +187,10 @@ def plan(
         "moments": round(state + rest) * size,
         "average": owned * size if spec.ema else 0,
     }
-    device = _this_cpu(network, experiment, images) if gpu == "cpu" else DEVICES[gpu]
+    device = _this_cpu(network, modes["keep"][0]) if gpu == "cpu" else DEVICES[gpu]
     link = device.link if gpus <= device.machine else device.network
     sent = parameters * size if gpus > 1 else 0
-    manifold = step.seconds(device)
+    manifold = _manifold_step(matrices, experiment) if gpu == "cpu" else step.seconds(device)
     steps = max(1, int(count * (1 - experiment.data.validation)) // spec.batch_size)
     rows = {}
     for mode, (meter, stored) in modes.items():
@@ -301,24 +301,61 @@ def _euclidean_state(experiment: Experiment) -> float:
     return kept + (1 if experiment.optim.lookahead else 0)
 
 
-def _this_cpu(network: LipschitzNetwork, experiment: Experiment, images: int) -> Device:
-    """Rates of this machine: a product of the most usual size of the network, and a copy that no cache holds."""
+MOST_ROWS = 2**16
+"""Of the product whose rate is measured; longer ones are no faster."""
+
+
+def _this_cpu(network: LipschitzNetwork, meter: Meter) -> Device:
+    """Rates of this machine, measured as a step meets them.
+
+    Products: the three that a layer needs (forward, gradient of the input, gradient of the weight) on the network's largest
+    shape, together. Bandwidth: an operation that makes new activations of that shape, more of them than a cache holds.
+    """
     side = max((p.shape[-1] for p in split_parameters(network)[0].values()), default=256)
+    largest = max((flops for _, flops, _ in meter.operations), default=0)
+    rows = min(max(largest // (2 * side * side), side), MOST_ROWS)
     rates = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        x, w = torch.randn(4096, side).to(dtype), torch.randn(side, side).to(dtype)
-        rates[dtype] = 2 * 4096 * side * side / _fastest(lambda x=x, w=w: x @ w)  # type: ignore[misc]
-    source, target = torch.zeros(2**24), torch.empty(2**24)
-    bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+        x, w = torch.randn(rows, side).to(dtype), torch.randn(side, side).to(dtype)
+        seconds = _fastest(lambda x=x, w=w: (x @ w.T, x @ w, x.T @ x))  # type: ignore[misc]
+        rates[dtype] = 3 * 2 * rows * side * side / seconds
+    source = torch.zeros(2**24)
+    activations = source.split(rows * side)
+    bandwidth = 2 * source.nbytes / _fastest(lambda: [activation + 1 for activation in activations])
     return Device(rates, bandwidth, _machine_memory(), bandwidth, bandwidth, 1, 1.0)
+
+
+def _manifold_step(matrices: list[nn.Parameter], experiment: Experiment) -> float:
+    """Seconds of the orthogonal optimiser's step on this machine, from one stack of each size."""
+    seconds = 0.0
+    for side in sorted({p.shape[-1] for p in matrices}):
+        alike = [p for p in matrices if p.shape[-1] == side]
+        entries = sum(p.numel() for p in alike)
+        stacked = [nn.Parameter(torch.eye(side, dtype=alike[0].dtype)) for _ in range(_stack(side, entries))]
+        rng = torch.Generator().manual_seed(0)
+        for p in stacked:
+            p.grad = 1e-3 * torch.randn(side, side, generator=rng, dtype=p.dtype)
+        optimizer = make_orthogonal_optimizer(stacked, experiment)
+        optimizer.step()  # makes the state
+        seconds += _fastest(optimizer.step, 3) * entries / (len(stacked) * side * side)
+    return seconds
+
+
+def _stack(side: int, entries: int) -> int:
+    """Matrices that the optimiser steps together on a CPU."""
+    return max(1, min(entries, MAX_STACK["cpu"]) // (side * side))
+
+
+CLOCK: Callable[[], float] = time.perf_counter
+"""By which this machine is measured."""
 
 
 def _fastest(action: Callable[[], object], repeats: int = 5) -> float:
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = CLOCK()
         action()
-        times.append(time.perf_counter() - start)
+        times.append(CLOCK() - start)
     return min(times)
 
 

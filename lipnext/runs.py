@@ -1,13 +1,16 @@
 """From an experiment to a finished run and back: what the command line and the Python API share."""
 
 import json
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from lipnext import systems
 from lipnext._version import __version__
@@ -25,7 +28,7 @@ from lipnext.core.files import atomic_write, write_json
 from lipnext.core.seed import generator
 from lipnext.core.world import join
 from lipnext.data.batches import count_batches
-from lipnext.data.dataset import Dataset
+from lipnext.data.dataset import ImageSet
 from lipnext.data.dataset import load as load_data
 from lipnext.data.detect import detect
 from lipnext.deployment.bundle import CERTIFICATE, load_bundle, load_experiment, save_bundle
@@ -36,12 +39,14 @@ from lipnext.deployment.hub import check_repository, upload
 from lipnext.deployment.locate import locate
 from lipnext.deployment.publish import stage
 from lipnext.deployment.vnnlib import query
-from lipnext.training.loop import check_parts, resolve_precision
+from lipnext.training.loop import check_device, check_parts, resolve_precision
 from lipnext.training.loop import train as train_network
 from lipnext.training.objective import Objective
 from lipnext.training.progress import Silent, reporter
 
 ANALYSED_AT_ONCE = 8
+DECODED = 2**30
+"""Bytes of float32 images that are certified in one call. Each call hashes the weights, which is worth many batches."""
 EXPERIMENT, RESULT = "experiment.yaml", "result.json"
 
 
@@ -64,7 +69,8 @@ def resolve(what: str | Experiment, data: str | None = None, overrides: Sequence
         experiment = systems.experiment(what)
     changes = []
     if data is not None:
-        changes = [f"data.name={detect(Path(data))}", f"data.path={Path(data).resolve()}"]
+        name = detect(Path(data), experiment.data.name)
+        changes = [f"data.name={name}", f"data.path={Path(data).resolve()}"]
     return resolve_precision(experiment.override([*changes, *overrides]))
 
 
@@ -105,6 +111,7 @@ def train(
         losses = systems.get(experiment.system).losses
         Objective(experiment.loss, losses)  # a loss that does not exist is refused before the folder is made
         check_parts(network, experiment, len(splits.train), world)
+        check_device(experiment, splits.train)
         if is_new:
             world.first(lambda: _claim(folder, experiment))
         steps = experiment.train.epochs * count_batches(len(splits.train), experiment.train.batch_size)
@@ -131,6 +138,9 @@ def train(
         "system": experiment.system,
         "seed": experiment.seed,
         "minutes": round(counters.seconds / 60, 2),
+        "images_per_second": round(
+            steps * min(experiment.train.batch_size, len(splits.train)) / max(counters.seconds, 1e-9), 1
+        ),
         "epochs": experiment.train.epochs,
         "precision": experiment.train.precision,
         "processes": world.size,
@@ -160,10 +170,10 @@ def load(path: str | Path) -> Classifier:
 def certify_run(
     path: str | Path,
     data: str | None = None,
-    test: Dataset | None = None,
+    test: ImageSet | None = None,
     semantics: Semantics | None = None,
     arithmetic: str | None = None,
-) -> tuple[Certificate, Dataset]:
+) -> tuple[Certificate, ImageSet]:
     """Certify a test part with a finished run, or as many of its images as the experiment's `certify.images` says.
 
     Args:
@@ -181,14 +191,32 @@ def certify_run(
     if wanted is not None and wanted < len(test):
         test = test.subset(torch.arange(wanted) * len(test) // wanted)
     with reporter("certifying", len(test)) as progress:
-        certificate = model.certify(
-            test.float_images(),
-            experiment.certify.batch_size,
-            progress.advance,
+        certify = partial(
+            model.certify,
+            batch_size=experiment.certify.batch_size,
+            progress=progress.advance,
             semantics=semantics or experiment.certify.semantics,
             arithmetic=arithmetic or experiment.certify.arithmetic,
         )
-    return certificate, test
+        return certify_set(certify, test, experiment.certify.batch_size), test
+
+
+def certify_set(
+    certify: Callable[[Tensor], Certificate], test: ImageSet, batch_size: int = 512
+) -> Certificate:
+    """Certify every image of a set once, with no more of them in memory than `DECODED` bytes or one batch.
+
+    Args:
+        certify: maps float32 images `(n, C, H, W)` to their certificate.
+        test: what to certify.
+        batch_size: images that `certify` evaluates together.
+
+    Returns:
+        The certificate of all images, in order.
+    """
+    batches = max(1, DECODED // (4 * math.prod(test.shape) * batch_size))
+    chunks = torch.arange(len(test)).split(batches * batch_size)
+    return Certificate.cat([certify(test.float_images(chunk)) for chunk in chunks])
 
 
 def certify_model(
@@ -196,7 +224,7 @@ def certify_model(
     data: str | None = None,
     semantics: Semantics | None = None,
     arithmetic: str | None = None,
-) -> tuple[Certificate, Dataset]:
+) -> tuple[Certificate, ImageSet]:
     """Certify a test part with a network of one's own.
 
     Args:
@@ -218,7 +246,7 @@ def certify_model(
         dtype=getattr(torch, arithmetic or "float64"),
     )
     with reporter("certifying", len(test)) as progress:
-        return net.certify(test.float_images(), progress=progress.advance), test
+        return certify_set(partial(net.certify, progress=progress.advance), test), test
 
 
 def analyse(model: str, data: str | None = None, *, eps: str, samples: int = 10) -> dict[str, Any]:
@@ -295,7 +323,7 @@ def audit(
     attacks: str | None = None,
     eps: str | None = None,
     seed: int = 0,
-    test: Dataset | None = None,
+    test: ImageSet | None = None,
 ) -> Audit:
     """Try to refute the certificates of samples drawn from a test part.
 
@@ -421,12 +449,13 @@ def data_of(experiment: Experiment, data: str | None) -> DataSpec:
     """The data set of a run: its own, or that of another folder with the same settings."""
     if data is None:
         return experiment.data
-    return experiment.data.model_copy(update={"name": detect(Path(data)), "path": str(data)})
+    name = detect(Path(data), experiment.data.name)
+    return experiment.data.model_copy(update={"name": name, "path": str(data)})
 
 
 def _open(
-    path: Path, data: str | None, test: Dataset | None = None
-) -> tuple[Classifier, Experiment, Dataset]:
+    path: Path, data: str | None, test: ImageSet | None = None
+) -> tuple[Classifier, Experiment, ImageSet]:
     """Load a finished run and the test part to certify: its own, that of another folder, or the one given."""
     model, experiment = load_bundle(path), load_experiment(path)
     if test is None:

@@ -302,3 +302,42 @@ def test_benchmarks_print_one_json_document(command: list[str], keys: list[str])
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert all(document[key] > 0 for key in keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (
+            ["benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--largest", "--json"],
+            ["utilisation", "manifold_share", "matrix_rate", "bytes", "certify"],
+        ),
+        (
+            [
+                "benchmarks/input.py",
+                "--images",
+                "50",
+                "--sides",
+                "16",
+                "--batch",
+                "8",
+                "--repeats",
+                "1",
+                "--json",
+            ],
+            ["images_per_second", "bytes_per_picture", "encoded_bytes_kept"],
+        ),
+        (
+            ["benchmarks/plan.py", "--experiment", "tiny", "--batch", "16", "--cpu-time", "--json"],
+            ["error", "predicted_seconds", "measured_seconds", "slowest_to_fastest"],
+        ),
+    ],
+)
+def test_benchmarks_print_one_row_for_each_setting(command: list[str], keys: list[str]) -> None:
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        for key in keys:
+            assert row[key], key

@@ -85,12 +85,12 @@ class DataSpec(_Section):
     section: ClassVar[str] = "data"
 
     name: str = "digits"
-    """One of digits, two-moons, idx, parquet, cifar-binary, folder."""
+    """One of digits, two-moons, idx, parquet, shards (parquet files that stay on the disk), cifar-binary, folder."""
     path: Text | None = None
     validation: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training part that is held out for validation."""
     size: AtLeastOne | None = None
-    """Side in pixels to which pictures of a folder are resized."""
+    """Side in pixels to which pictures of a folder or of shards are resized."""
     channels: Literal[1, 3] | None = None
     test: float = Field(default=0.2, gt=0, lt=1)
     """Share held out for test where the source has no test split."""
@@ -137,10 +137,16 @@ class TrainSpec(_Section):
     """In epochs."""
     keep: AtLeastOne = 2
     """Checkpoints that stay on the disk."""
+    checkpoint_part: AtLeastOne | None = None
+    """Largest file of a checkpoint in MB (10^6 bytes); None writes one file, however large."""
     ema: Decay = 0.0
     """Decay of the averaged weights; 0 switches averaging off."""
     threads: AtLeastOne | None = None
     device: str = "cpu"
+    data_on_device: bool = False
+    """Keep the images, as bytes, in the memory of the device; they are augmented there in any case."""
+    compile: bool = False
+    """Compile the layers by torch.compile while training; needs `activations` keep."""
 
 
 class OptimSpec(_Section):

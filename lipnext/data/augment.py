@@ -1,6 +1,7 @@
 """Batched augmentation of float images (B, C, H, W) in [0, 1]: flip, crop, cutout, and `Augment`, the chain.
 
-All randomness comes from the generator that is passed in, so a batch is a function of its images and a seed.
+All randomness comes from the CPU generator that is passed in, so a batch is a function of its images and a seed, whatever
+device the images are on. What was drawn travels to them without waiting for the device.
 """
 
 import torch
@@ -40,7 +41,8 @@ class Augment:
 def flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image left to right with probability 1/2. `(B, C, H, W)` to the same shape."""
     mirrored = torch.rand(len(images), generator=generator, dtype=torch.float32) < 0.5
-    return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+    mirrored = mirrored.to(images.device, non_blocking=True)
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
 def crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
@@ -49,7 +51,8 @@ def crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
     That is: pad by `padding` zeros on every side, then cut a window of the old size.
     """
     count, _, height, width = images.shape
-    offset = torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)
+    offset = torch.randint(2 * padding + 1, (2, count), generator=generator)
+    offset = offset.to(images.device, non_blocking=True)
     padded = F.pad(images, (padding, padding, padding, padding))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, 2p + 1, 2p + 1, H, W)
     return windows[torch.arange(count, device=images.device), :, offset[0], offset[1]]
@@ -65,7 +68,7 @@ def cutout(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     def hidden(length: int) -> Tensor:
         start = torch.randint(length, (count, 1), generator=generator) - side // 2
         position = torch.arange(length)
-        return ((position >= start) & (position < start + side)).to(images.device)
+        return ((position >= start) & (position < start + side)).to(images.device, non_blocking=True)
 
     square = hidden(height)[:, None, :, None] & hidden(width)[:, None, None, :]
     return images.masked_fill(square, 0)

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from lipnext.core.errors import ConfigError
 from lipnext.core.seed import generator
-from lipnext.data.dataset import Dataset
+from lipnext.data.dataset import ImageSet
 
 Batch = tuple[Tensor, Tensor]
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+CPU = torch.device("cpu")
+
+
+def whole(count: int) -> slice:
+    """Return the part of a batch of `count` images that one process alone looks at."""
+    return slice(0, count)
 
 
 def count_batches(size: int, batch_size: int, *, drop_last: bool = True) -> int:
@@ -24,7 +30,7 @@ def count_batches(size: int, batch_size: int, *, drop_last: bool = True) -> int:
 
 
 def batches(
-    dataset: Dataset,
+    dataset: ImageSet,
     batch_size: int,
     *,
     seed: int,
@@ -34,6 +40,8 @@ def batches(
     drop_last: bool = True,
     prefetch: int = 2,
     workers: int = 1,
+    share: Callable[[int], slice] = whole,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Return an iterator over the shuffled batches `start`, `start + 1`, ... of one epoch.
 
@@ -50,9 +58,13 @@ def batches(
         drop_last: leave out the last batch if it is not full; a set smaller than one batch still gives one.
         prefetch: batches prepared ahead in background threads; 0 prepares each when it is asked for.
         workers: number of those threads.
+        share: the part of a batch of so many images that is looked at, such as `World.share`; the other images are not
+            read and come black. What is looked at is the same, whoever reads it.
+        device: where a batch is augmented and given. All random numbers are drawn on the CPU, so it is the same batch on
+            every device, up to the rounding of float32 in the augmentations that compute.
 
     Yields:
-        images float32 `(B, C, H, W)` in [0, 1] and labels int64 `(B,)`.
+        images float32 `(B, C, H, W)` in [0, 1] and labels int64 `(B,)`, both on `device`.
 
     Raises:
         ConfigError: for a batch size, number of threads or `start` out of range.
@@ -62,14 +74,21 @@ def batches(
         raise ConfigError(f"the first batch must be in 0..{total}, got {start}")
     if prefetch < 0 or workers < 1:
         raise ConfigError(f"prefetch must be 0 or more and workers 1 or more, got {prefetch} and {workers}")
-    order = torch.randperm(len(dataset), generator=generator(seed, "order", epoch))
+    order = dataset.order(generator(seed, "order", epoch))
 
     def make(number: int) -> Batch:
         chosen = order[number * batch_size : (number + 1) * batch_size]
-        images = dataset.float_images(chosen)
+        mine = share(len(chosen))
+        images = dataset.float_images(chosen[mine]).to(device, non_blocking=True)
+        if len(images) < len(
+            chosen
+        ):  # augmentation draws for the whole batch, so that a share is augmented as in it
+            own, images = images, torch.zeros(len(chosen), *dataset.shape, dtype=torch.float32, device=device)
+            images[mine] = own
         if augment is not None:
             images = augment(images, generator(seed, "augment", epoch, number))
-        return images, dataset.labels[chosen]
+        labels = dataset.labels
+        return images, labels[chosen.to(labels.device, non_blocking=True)].to(device, non_blocking=True)
 
     numbers = range(start, total)
     return _ahead(make, numbers, prefetch, workers) if prefetch else map(make, numbers)

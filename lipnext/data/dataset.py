@@ -1,4 +1,4 @@
-"""A labelled set of images in memory, its three parts, and `load`, which finds a reader by name."""
+"""A labelled set of images, its three parts, and `load`, which finds a reader by name."""
 
 import hashlib
 import importlib
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,41 @@ SOURCES = {
     "parquet": "lipnext.data.parquet",
     "cifar-binary": "lipnext.data.cifar_binary",
     "folder": "lipnext.data.folder",
+    "shards": "lipnext.data.shards",
 }
+
+
+class ImageSet(Protocol):
+    """What training and certification need of a labelled set of images, in memory (`Dataset`) or not (`shards.Shards`)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 `(N,)`, each in `0 .. len(classes) - 1`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of each class."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+
+    def __len__(self) -> int: ...
+
+    def subset(self, indices: Tensor) -> Self:
+        """Return the images numbered by `indices`, int64 `(n,)`, in that order, with the same classes."""
+
+    def order(self, rng: torch.Generator) -> Tensor:
+        """Return the order of a pass over all images, int64 `(N,)`, a function of the set and `rng`."""
+
+    def float_images(self, indices: Tensor | slice = slice(None)) -> Tensor:
+        """Return the chosen images, float32 `(n, C, H, W)` in [0, 1]: each byte divided by 255 in float32."""
+
+    def sha256(self) -> str:
+        """Return the hash of the content, in hexadecimal."""
+
+
+Set = TypeVar("Set", bound=ImageSet)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,13 +93,7 @@ class Dataset:
             raise DataError("no image; at least one is needed")
         if self.images[0].numel() == 0:
             raise DataError(f"images without a pixel: shape {tuple(self.images.shape)}")
-        wrong = ((self.labels < 0) | (self.labels >= len(self.classes))).nonzero()
-        if len(wrong):
-            first = int(wrong[0])
-            raise DataError(
-                f"labels must be in 0..{len(self.classes) - 1} ({len(self.classes)} classes), "
-                f"got {int(self.labels[first])} at image {first} ({len(wrong)} such labels)"
-            )
+        check_labels(self.labels, self.classes)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,9 +108,21 @@ class Dataset:
         """Return the images numbered by `indices`, int64 `(n,)`, in that order, with the same classes."""
         return Dataset(images=self.images[indices], labels=self.labels[indices], classes=self.classes)
 
+    def order(self, rng: torch.Generator) -> Tensor:
+        """Return a uniformly random order of the images, int64 `(N,)`."""
+        return torch.randperm(len(self), generator=rng)
+
     def float_images(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """Return the chosen images, float32 `(n, C, H, W)` in [0, 1]: each byte divided by 255 in float32."""
-        return self.images[indices].to(torch.float32).div_(255)
+        if isinstance(indices, Tensor):
+            indices = indices.to(self.images.device, non_blocking=True)
+        images = self.images[indices].to(torch.float32)
+        # A GPU multiplies by the reciprocal of a Python number, which differs in the last bit; it divides by a tensor.
+        return images.div_(images.new_full((), 255))
+
+    def to(self, device: torch.device) -> "Dataset":
+        """Return the same set in the memory of a device; on the one where it is already, nothing is copied."""
+        return Dataset(images=self.images.to(device), labels=self.labels.to(device), classes=self.classes)
 
     def sha256(self) -> str:
         """Return the hash of images, labels and class names, in hexadecimal."""
@@ -97,9 +138,9 @@ class Splits:
         DataError: if the parts differ in image shape or classes.
     """
 
-    train: Dataset
-    validation: Dataset
-    test: Dataset
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
 
     def __post_init__(self) -> None:
         for name, part in (("validation", self.validation), ("test", self.test)):
@@ -124,7 +165,7 @@ def load(spec: DataSpec) -> Splits:
     return Splits(train=train, validation=validation, test=test)
 
 
-def hold_out(dataset: Dataset, share: float, rng: torch.Generator) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Set, share: float, rng: torch.Generator) -> tuple[Set, Set]:
     """Split into (rest, held out part) at random, class by class, each part in the original order.
 
     From each class `share` of its images is held out, rounded, but at least one and never all of them; a
@@ -158,6 +199,21 @@ def require_folder(spec: DataSpec, hint: str) -> Path:
         came = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {came}; give {hint}")
     return folder
+
+
+def check_labels(labels: Tensor, classes: tuple[str, ...]) -> None:
+    """Refuse labels, int64 `(N,)`, that are not in `0 .. len(classes) - 1`.
+
+    Raises:
+        DataError: with the first of them.
+    """
+    wrong = ((labels < 0) | (labels >= len(classes))).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise DataError(
+            f"labels must be in 0..{len(classes) - 1} ({len(classes)} classes), "
+            f"got {int(labels[first])} at image {first} ({len(wrong)} such labels)"
+        )
 
 
 def unnamed_classes(labels: Tensor) -> tuple[str, ...]:
@@ -198,9 +254,9 @@ def _refuse_unused(spec: DataSpec) -> None:
         raise ConfigError(
             f"data.path: the {spec.name} are built in, got '{spec.path}'; leave it out or set data.name"
         )
-    if spec.size is not None and spec.name != "folder":
-        raise ConfigError(f"data.size: only 'folder' resizes, not '{spec.name}'; leave it out")
-    if spec.channels is not None and spec.name not in ("folder", "parquet"):
+    if spec.size is not None and spec.name not in ("folder", "shards"):
+        raise ConfigError(f"data.size: only 'folder' and 'shards' resize, not '{spec.name}'; leave it out")
+    if spec.channels is not None and spec.name not in ("folder", "parquet", "shards"):
         raise ConfigError(
-            f"data.channels: only 'folder' and 'parquet' convert, not '{spec.name}'; leave it out"
+            f"data.channels: only 'folder', 'parquet' and 'shards' convert, not '{spec.name}'; leave it out"
         )

@@ -10,8 +10,12 @@ FORMS = (
 )
 
 
-def detect(path: Path) -> str:
-    """Return the `data.name` for a folder: "parquet", "idx", "cifar-binary" or "folder".
+def detect(path: Path, wanted: str = "parquet") -> str:
+    """Return the `data.name` for a folder: "parquet", "idx", "cifar-binary", "folder", or "shards".
+
+    Args:
+        path: the folder.
+        wanted: the `data.name` so far. Parquet files are read as "shards" where it is that, else as "parquet".
 
     Raises:
         DataError: if the folder is missing or holds nothing that a reader knows.
@@ -21,7 +25,7 @@ def detect(path: Path) -> str:
     if not path.is_dir():
         raise DataError(f"{path} is a file; give the folder that holds the data set")
     if next(path.rglob("*.parquet"), None):
-        return "parquet"
+        return "shards" if wanted == "shards" else "parquet"
     names = [p.name for p in path.iterdir()]
     if any(name.removesuffix(".gz").endswith("-ubyte") for name in names):
         return "idx"

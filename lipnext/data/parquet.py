@@ -33,18 +33,18 @@ def read(spec: DataSpec) -> tuple[Dataset, Dataset]:
             or of another size than the first (both named); for labels out of range.
     """
     folder = require_folder(spec, HINT)
-    files = _split_files(folder, "train")
+    files = split_files(folder, "train")
     images, labels = _read_files(files, spec.channels)
     with named(folder):
-        classes = _class_names(files[0]) or unnamed_classes(labels)
+        classes = class_names(files[0]) or unnamed_classes(labels)
         train = Dataset(images=images, labels=labels, classes=classes)
-    images, labels = _read_files(_split_files(folder, "test", "valid"), train.shape[0])
+    images, labels = _read_files(split_files(folder, "test", "valid"), train.shape[0])
     with named(f"{folder}: test set"):
         test = Dataset(images=images, labels=labels, classes=classes)
     return train, test
 
 
-def _split_files(folder: Path, *splits: str) -> list[Path]:
+def split_files(folder: Path, *splits: str) -> list[Path]:
     """Return the files of the first of `splits` that has any; all must stand in one folder."""
     for split in splits:
         files = sorted(path for path in folder.rglob("*.parquet") if _belongs(path, folder, split))
@@ -66,15 +66,15 @@ def _belongs(path: Path, folder: Path, split: str) -> bool:
 
 def _read_files(files: list[Path], channels: int | None) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W) and labels (N,)."""
-    labels = _labels(files)
+    labels = labels_of(files)
     return stack(_pictures(files), len(labels), channels), labels
 
 
-def _labels(files: list[Path]) -> Tensor:
+def labels_of(files: list[Path]) -> Tensor:
     """Return the label columns of all files, int64 (N,)."""
     parts = [torch.empty(0, dtype=torch.int64)]
     for path in files:
-        file, _, column = _open(path)
+        file, _, column = open_file(path)
         for values in _batches(file, path, column):
             if values.null_count:
                 raise DataError(f"{path}: {values.null_count} rows have no label; remove them")
@@ -85,24 +85,23 @@ def _labels(files: list[Path]) -> Tensor:
 def _pictures(files: list[Path]) -> Iterator[tuple[str, bytes]]:
     """Yield (file and row, encoded picture), reading a few hundred at a time."""
     for path in files:
-        file, column, _ = _open(path)
+        file, column, _ = open_file(path)
         row = 0
         for values in _batches(file, path, column):
-            contents = values.field("bytes") if pa.types.is_struct(values.type) else values
-            for content in contents:
+            for content in pictures_in(values):
                 if not content.is_valid:
                     raise DataError(f"{path}, row {row}: no picture; the file must hold pictures, not paths")
                 yield f"{path}, row {row}", content.as_py()
                 row += 1
 
 
-def _open(path: Path) -> tuple[pq.ParquetFile, str, str]:
+def open_file(path: Path) -> tuple[pq.ParquetFile, str, str]:
     """Return the file and the names of its picture and its label column."""
     with named(path):
         try:
             file = pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"truncated or not a parquet file ({_first_line(error)})") from error
+            raise DataError(f"truncated or not a parquet file ({first_line(error)})") from error
         return file, *_columns(file.schema_arrow)
 
 
@@ -112,10 +111,16 @@ def _batches(file: pq.ParquetFile, path: Path, column: str) -> Iterator[pa.Array
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column], use_threads=False):
             yield batch.column(column)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: damaged, download it again ({_first_line(error)})") from error
+        raise DataError(f"{path}: damaged, download it again ({first_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
+def pictures_in(values: pa.Array) -> pa.Array:
+    """Return the encoded pictures of a picture column, which may be a struct of them and their paths."""
+    return values.field("bytes") if pa.types.is_struct(values.type) else values
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -135,9 +140,9 @@ def _columns(schema: pa.Schema) -> tuple[str, str]:
     return image, label
 
 
-def _class_names(path: Path) -> tuple[str, ...] | None:
+def class_names(path: Path) -> tuple[str, ...] | None:
     """Return the names in the hub's ClassLabel metadata, None where there are none."""
-    file, _, label = _open(path)
+    file, _, label = open_file(path)
     try:
         names = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):

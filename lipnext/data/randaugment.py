@@ -41,8 +41,8 @@ def randaugment(
         for number, operation in enumerate(OPERATIONS.values()):
             members = (chosen & (kind == number)).nonzero().flatten()
             if len(members):
-                signs = sign[members].to(images)[:, None, None, None]
-                members = members.to(images.device)
+                signs = sign[members].to(images.dtype)[:, None, None, None]
+                members = members.to(images.device, non_blocking=True)
                 images[members] = operation(images[members], magnitude, signs)
     return images
 
@@ -51,8 +51,9 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     """Move pixels: the output at (x, y) is the input pixel around `matrix @ (x, y, 1)`, black outside.
 
     Args:
-        images: `(B, C, H, W)`.
-        matrices: float64 `(B, 2, 3)`; centres are (column + 1/2, row + 1/2), as in Pillow's `transform`.
+        images: `(B, C, H, W)`, on any device.
+        matrices: float64 `(B, 2, 3)` on the CPU, where it is decided which pixel goes where; centres are
+            (column + 1/2, row + 1/2), as in Pillow's `transform`.
 
     Returns:
         `(B, C, H, W)`.
@@ -62,8 +63,9 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     centres = torch.stack((x + 0.5, y + 0.5, torch.ones_like(x)), 0).flatten(1).to(matrices)  # (3, H W)
     column, row = (matrices @ centres).floor().long().unbind(1)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    source = (row * width + column).where(inside, 0)[:, None].expand(-1, channels, -1)
-    pixels = images.flatten(2).gather(2, source) * inside[:, None]
+    source = (row * width + column).where(inside, 0).to(images.device, non_blocking=True)
+    inside = inside.to(images.device, non_blocking=True)
+    pixels = images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)) * inside[:, None]
     return pixels.reshape(images.shape)
 
 
@@ -108,7 +110,8 @@ def _geometric(name: str) -> Callable[[Tensor, int, Tensor], Tensor]:
 
 
 def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """Return `other + factor (images - other)`, clamped to [0, 1]."""
+    """Return `other + factor (images - other)`, clamped to [0, 1]; the factor may be on the CPU."""
+    factor = factor.to(images.device, non_blocking=True)
     return torch.lerp(other.expand_as(images), images, factor.expand_as(images)).clamp_(0, 1)
 
 
@@ -116,12 +119,13 @@ def grey(images: Tensor) -> Tensor:
     """Return the brightness, `(B, 1, H, W)`; of grey images, themselves."""
     if images.shape[1] == 1:
         return images
-    return torch.tensordot(images, images.new_tensor(RGB_TO_LUMA), ([1], [0])).unsqueeze(1)
+    weights = torch.tensor(RGB_TO_LUMA, dtype=images.dtype).to(images.device, non_blocking=True)
+    return torch.tensordot(images, weights, ([1], [0])).unsqueeze(1)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Scale all values by `factor`, `(B, 1, 1, 1)`."""
-    return (images * factor).clamp_(0, 1)
+    return (images * factor.to(images.device, non_blocking=True)).clamp_(0, 1)
 
 
 def colour(images: Tensor, factor: Tensor) -> Tensor:
@@ -176,8 +180,7 @@ def equalize(images: Tensor) -> Tensor:
     (step // 2 + h[0] + ... + h[v - 1]) // step, at most 255. Where step is 0 (few pixels), nothing changes.
     """
     value = levels(images).flatten(2).flatten(0, 1)  # (B C, H W)
-    rows = torch.arange(len(value), device=value.device)[:, None]
-    histogram = torch.bincount((256 * rows + value).flatten(), minlength=256 * len(value)).reshape(-1, 256)
+    histogram = value.new_zeros(len(value), 256).scatter_add_(1, value, torch.ones_like(value))
     step = (value.shape[1] - histogram.gather(1, value.amax(1, keepdim=True))) // 255
     before = histogram.cumsum(1) - histogram
     table = ((before + step // 2) // step.clamp(min=1)).clamp(max=255)
@@ -190,7 +193,7 @@ def _factor(magnitude: int, signs: Tensor) -> Tensor:
     return 1 + 0.9 * magnitude / MAGNITUDES * signs
 
 
-# What each name does to (images, magnitude, signs); signs are +-1, `(B, 1, 1, 1)`.
+# What each name does to (images, magnitude, signs); signs are +-1, `(B, 1, 1, 1)`, on the CPU.
 OPERATIONS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
     "identity": lambda images, magnitude, signs: images,
     **{name: _geometric(name) for name in AXES},

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, atomic, and exact; no pickle anywhere.
+"""Checkpoints: one safetensors file each, or its bytes in several files; atomic, and exact; no pickle anywhere.
 
 All randomness of a run is a function of (seed, epoch, batch), so a checkpoint needs no generator state:
 weights, optimiser states, averages and counters are the whole of it.
@@ -11,18 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lipnext.core.errors import BundleError, TrainingError
 from lipnext.core.files import atomic_write, sha256_tensors
 
 FORMAT = "lipnext-checkpoint-1"
+WHOLE, LIST, PART = ".safetensors", ".parts.json", ".part-"
+"""Ends of names: a checkpoint in one file, or the list of its parts, which follow it by number."""
+MEGABYTE = 10**6
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], digest: str, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], digest: str, keep: int, part: int | None = None
+) -> Path:
     """Write `step-NNNNNNNNN.safetensors` and delete all but the newest `keep`.
+
+    In parts, `step-NNNNNNNNN.part-0000` and so on hold its bytes, and `step-NNNNNNNNN.parts.json` lists them. The list is
+    written last and deleted first, so a checkpoint whose list is there is whole.
 
     Args:
         folder: created if missing.
@@ -30,6 +38,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], digest: str,
         state: nested dictionaries and lists of tensors and plain values.
         digest: of the experiment; a checkpoint resumes only its own.
         keep: how many to keep, at least 1.
+        part: largest file in MB (10^6 bytes); None writes one file.
+
+    Returns:
+        The file, or the list of its parts.
 
     Raises:
         TrainingError: if the file cannot be written (disk full, no permission); older ones stay as they were.
@@ -38,14 +50,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], digest: str,
     skeleton = _take_apart(state, "", tensors)
     meta = {"format": FORMAT, "digest": digest, "step": str(step), "skeleton": json.dumps(skeleton)}
     meta["sha256"] = _hash(meta, tensors)
-    path = folder / f"step-{step:09d}.safetensors"
+    path = folder / f"step-{step:09d}{WHOLE if part is None else LIST}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         data = save(tensors, metadata=meta)
-        with atomic_write(path, "wb") as file:
-            file.write(data)
+        if part is None:
+            _write(path, data)
+        else:
+            _write_parts(path, data, part * MEGABYTE)
         for old in list_checkpoints(folder)[:-keep]:
             old.unlink(missing_ok=True)
+        _delete_parts_without_list(folder)
     except OSError as error:
         raise TrainingError(
             f"cannot write checkpoint {path}: {error.strerror or error}; free some space or choose another "
@@ -58,21 +73,28 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d{9}\.safetensors", p.name))
+    return sorted(
+        p for p in folder.iterdir() if re.fullmatch(r"step-\d{9}\.(safetensors|parts\.json)", p.name)
+    )
 
 
 def load_checkpoint(path: Path, digest: str) -> dict[str, Any]:
     """Read the state back.
 
+    Args:
+        path: one of `list_checkpoints`.
+        digest: of the experiment that goes on.
+
     Raises:
         BundleError: if the file is damaged, of another format, or of another experiment.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        data = b"".join(file.read_bytes() for file in _files(path))
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise BundleError(_damaged(path, str(error))) from error
+    meta = header.get("__metadata__", {})
     if meta.get("format") != FORMAT:
         raise BundleError(f"{path} has format {meta.get('format')!r}, this version reads {FORMAT!r}")
     if meta.get("digest") != digest:
@@ -84,6 +106,36 @@ def load_checkpoint(path: Path, digest: str) -> dict[str, Any]:
         raise BundleError(_damaged(path, "its sha256 differs"))
     state: dict[str, Any] = _put_together(json.loads(meta["skeleton"]), tensors)
     return state
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    with atomic_write(path, "wb") as file:
+        file.write(data)
+
+
+def _write_parts(path: Path, data: bytes, size: int) -> None:
+    stem = path.name.removesuffix(LIST)
+    pieces = [memoryview(data)[start : start + size] for start in range(0, len(data), size)]
+    names = [f"{stem}{PART}{number:04d}" for number in range(len(pieces))]
+    for name, piece in zip(names, pieces, strict=True):
+        _write(path.with_name(name), piece)
+    _write(path, json.dumps({"parts": names}).encode())
+
+
+def _files(path: Path) -> list[Path]:
+    """The files whose bytes, one after the other, are the checkpoint."""
+    if not path.name.endswith(LIST):
+        return [path]
+    names = json.loads(path.read_bytes())["parts"]
+    return [path.with_name(Path(name).name) for name in names]
+
+
+def _delete_parts_without_list(folder: Path) -> None:
+    """Of checkpoints that are no longer kept, or were never finished."""
+    kept = {path.name.removesuffix(LIST) for path in list_checkpoints(folder)}
+    for path in folder.glob(f"step-*{PART}*"):
+        if path.name.partition(PART)[0] not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _hash(meta: dict[str, str], tensors: dict[str, Tensor]) -> str:

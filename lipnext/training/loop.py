@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from lipnext.core.system import NetworkLoss
 from lipnext.core.world import World, local_device
 from lipnext.data.augment import Augment
 from lipnext.data.batches import batches, count_batches
-from lipnext.data.dataset import Dataset
+from lipnext.data.dataset import Dataset, ImageSet
 from lipnext.manifold.polar import residual
 from lipnext.optim.average import RetractedAverage
 from lipnext.optim.groups import split_parameters
@@ -39,10 +39,12 @@ from lipnext.training.checkpoint import (
     save_checkpoint,
     weights_are_finite,
 )
+from lipnext.training.compiled import check_compile, compiled_layers
 from lipnext.training.interrupt import StopRequest
 from lipnext.training.log import LOG, RunLog
 from lipnext.training.objective import Objective
 from lipnext.training.progress import Reporter, Silent
+from lipnext.training.running_loss import RunningLoss
 from lipnext.training.state import Parts, gather_state, restore_state
 from lipnext.training.validation import estimate_validation
 
@@ -60,13 +62,14 @@ class Progress:
     step: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
+    """Of batches and steps; validation and checkpoints come on top."""
 
 
 def train(
     network: LipschitzNetwork,
     experiment: Experiment,
-    training: Dataset,
-    validation: Dataset,
+    training: ImageSet,
+    validation: ImageSet,
     folder: Path,
     *,
     losses: Mapping[str, NetworkLoss] | None = None,
@@ -93,7 +96,8 @@ def train(
         The final network (the retracted average if `train.ema` is on) and the counters.
 
     Raises:
-        ConfigError: if a batch cannot be cut into as many parts as are asked for.
+        ConfigError: if a batch cannot be cut into as many parts as are asked for, or the device or the data cannot do
+            what `train` asks of them.
         TrainingError: if the loss or a weight is not finite, a checkpoint cannot be written, or another process is
             gone; the last good checkpoint is kept.
         Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is saved.
@@ -104,6 +108,9 @@ def train(
     device = resolve_device(spec.device)
     network.to(device, torch.float64 if spec.precision == "float64" else torch.float32)
     check_parts(network, experiment, len(training), world)
+    check_device(experiment, training)
+    if spec.data_on_device:
+        training, validation = _on_device(training, device), _on_device(validation, device)
 
     # ---- what is trained, and how ------------------------------------------------------------------------
     orthogonal, euclidean = split_parameters(network)
@@ -119,6 +126,7 @@ def train(
 
     # ---- resume ------------------------------------------------------------------------------------------
     progress, digest = Progress(), experiment.digest()
+    losses_of_steps = RunningLoss(device, spec.accumulate, world)
     parts: Parts = {
         "network": (network, []),
         "manifold": (manifold, orthogonal),
@@ -133,15 +141,29 @@ def train(
         reporter.resume(progress.step)
     owners.spread(network)  # the same to the last bit, whatever machine a process runs on
 
+    def read_losses(last: int) -> float:
+        """Add up what is unread, up to the step numbered `last` from 0; return the loss of that step."""
+        values = losses_of_steps.read()
+        for step, value in enumerate(values, last - len(values) + 1):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    _not_finite(f"the loss became {value}", replace(progress, step=step), folder)
+                )
+            progress.loss_sum += value
+        return values[-1] if values else math.nan
+
     def save() -> None:
         _check_weights(network, progress, folder)
         state = {"progress": vars(progress).copy(), **gather_state(parts, owners)}
-        world.first(lambda: save_checkpoint(folder / "checkpoints", progress.step, state, digest, spec.keep))
+        place, part = folder / "checkpoints", spec.checkpoint_part
+        world.first(lambda: save_checkpoint(place, progress.step, state, digest, spec.keep, part))
 
     def finished() -> LipschitzNetwork:
         """What is looked at and kept."""
         chosen = _averaged(network, average, owners)
-        again = batches(training, spec.batch_size, seed=experiment.seed, epoch=0, augment=augment)
+        again = batches(
+            training, spec.batch_size, seed=experiment.seed, epoch=0, augment=augment, device=device
+        )
         chosen.finalise(images for images, _ in again)
         return chosen
 
@@ -154,9 +176,12 @@ def train(
         StopRequest() as stop,
         owners,
         stored_activations(network, spec),
+        compiled_layers(network, spec),
     ):
+        loss_read = math.nan
         while progress.epoch < spec.epochs:
             network.train()
+            clock = time.perf_counter()
             for images, labels in batches(
                 training,
                 spec.batch_size,
@@ -164,14 +189,15 @@ def train(
                 epoch=progress.epoch,
                 augment=augment,
                 start=progress.batch,
+                share=world.share,
+                device=device,
             ):
-                started = time.perf_counter()
                 share = progress.step / total
                 _set_rates(manifold, rest, experiment.optim, progress.step, total)
                 network.zero_grad(set_to_none=True)
-                value, pieces = 0.0, world.parts(len(labels), spec.accumulate)
+                pieces = world.parts(len(labels), spec.accumulate)
                 for piece in pieces:
-                    x, y = images[piece].to(device), labels[piece].to(device)
+                    x, y = images[piece], labels[piece]
                     if spec.precision == "float64":
                         x = x.double()
                     loss = objective.of(network, x, y, share, _autocast(spec.precision, device))
@@ -180,11 +206,10 @@ def train(
                     if piece is pieces[-1]:
                         owners.expect()
                     loss.backward()
-                    value += loss.item()
+                    losses_of_steps.add(loss)
                 owners.reduce()
-                value = world.add(value)
-                if not math.isfinite(value):
-                    raise TrainingError(_not_finite(f"the loss became {value}", progress, folder))
+                if losses_of_steps.is_due:
+                    loss_read = read_losses(progress.step)
                 if experiment.optim.clip:
                     owners.clip(experiment.optim.clip)
                 manifold.step()
@@ -196,16 +221,20 @@ def train(
                 owners.spread(network)
                 progress.step += 1
                 progress.batch += 1
-                progress.loss_sum += value
-                progress.seconds += time.perf_counter() - started
-                reporter.advance(1, f"epoch {progress.epoch + 1}/{spec.epochs} loss {value:.4f}")
+                progress.seconds += (now := time.perf_counter()) - clock
+                clock = now
+                note = "" if math.isnan(loss_read) else f" loss {loss_read:.4f}"
+                reporter.advance(1, f"epoch {progress.epoch + 1}/{spec.epochs}{note}")
                 # a signal to one process stops all, at the same step
                 if progress.batch < per_epoch and (code := int(world.largest(stop.exit_code))):
+                    read_losses(progress.step - 1)
                     save()
                     reporter.line(_interrupted(progress))
                     raise Interrupted(code)
 
             # ---- end of an epoch: retract, look at validation, save --------------------------------------
+            read_losses(progress.step - 1)
+            progress.seconds += time.perf_counter() - clock  # a device may still have been computing
             _check_weights(network, progress, folder)
             progress.epoch += 1
             progress.batch = 0
@@ -307,6 +336,24 @@ def check_parts(network: LipschitzNetwork, experiment: Experiment, images: int, 
             )
 
 
+def check_device(experiment: Experiment, training: ImageSet) -> None:
+    """Refuse what the device or the data cannot do, before anything is trained.
+
+    Args:
+        experiment: asks for it.
+        training: the part that is learned from.
+
+    Raises:
+        ConfigError: for `train.data_on_device` with images that stay on the disk, or `train.compile` where it cannot work.
+    """
+    if experiment.train.data_on_device and not isinstance(training, Dataset):
+        raise ConfigError(
+            f"train.data_on_device: the images of '{experiment.data.name}' stay on the disk; set it to false, or take a "
+            "data.name that reads them into memory"
+        )
+    check_compile(experiment.train, resolve_device(experiment.train.device))
+
+
 def resolve_precision(experiment: Experiment) -> Experiment:
     """Replace `train.precision: auto` by the faster on the device: bfloat16 where native, else float32.
 
@@ -321,6 +368,10 @@ def resolve_precision(experiment: Experiment) -> Experiment:
     else:
         native = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     return experiment.override([f"train.precision={'bfloat16' if native else 'float32'}"])
+
+
+def _on_device(part: ImageSet, device: torch.device) -> ImageSet:
+    return part.to(device) if isinstance(part, Dataset) else part
 
 
 def _set_rates(

@@ -5,13 +5,13 @@ import torch
 from lipnext.core.eps import parse_eps_list
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.world import World
-from lipnext.data.dataset import Dataset
+from lipnext.data.dataset import ImageSet
 
 
 @torch.no_grad()
 def estimate_validation(
     network: LipschitzNetwork,
-    dataset: Dataset,
+    dataset: ImageSet,
     eps: tuple[str, ...],
     batch_size: int,
     world: World = World(),

@@ -13,7 +13,7 @@ from lipnext import runs
 from lipnext.core.certificate import Certificate
 from lipnext.core.eps import parse_eps_list
 from lipnext.core.errors import ConfigError, nearest
-from lipnext.data.dataset import Dataset
+from lipnext.data.dataset import ImageSet
 from lipnext.deployment.bundle import CERTIFICATE, CONFIG, load_experiment, read_json
 from lipnext.deployment.card import model_card
 from lipnext.deployment.locate import ZOO, packaged
@@ -61,7 +61,7 @@ def check(name: str, data: str | None = None) -> dict[str, Any]:
     return {"name": name, "holds": not problems, "problems": problems, "test": test}
 
 
-def compare(published: dict[str, Any], certificate: Certificate, test: Dataset) -> list[str]:
+def compare(published: dict[str, Any], certificate: Certificate, test: ImageSet) -> list[str]:
     """Return a line for each published number that the test part does not give: shares exactly, means and bounds to 1e-9."""
     measured = certificate.summary(test.labels, parse_eps_list(published["cra"]))
     exact = ("n", "clean", "cra", "norm", "kind", "semantics", "arithmetic", "model_sha256")
@@ -92,7 +92,7 @@ def _documents(folder: Path, published: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _sample_files(certificate: Certificate, test: Dataset, folder: Path) -> list[str]:
+def _sample_files(certificate: Certificate, test: ImageSet, folder: Path) -> list[str]:
     """What `verify` re-proves radii from, as options for it."""
     images, records = folder / "images.npy", folder / "records.jsonl"
     np.save(images, test.float_images().numpy())

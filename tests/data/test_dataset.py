@@ -128,10 +128,13 @@ def test_unnamed_classes() -> None:
     [
         (DataSpec(name="digit"), "data.name: unknown source 'digit'; did you mean 'digits'?"),
         (DataSpec(path="/x"), "data.path: the digits are built in, got '/x'; leave it out or set data.name"),
-        (DataSpec(name="idx", path="x", size=8), "data.size: only 'folder' resizes, not 'idx'; leave it out"),
+        (
+            DataSpec(name="idx", path="x", size=8),
+            "data.size: only 'folder' and 'shards' resize, not 'idx'; leave it out",
+        ),
         (
             DataSpec(name="idx", path="x", channels=3),
-            "data.channels: only 'folder' and 'parquet' convert, not 'idx'; leave it out",
+            "data.channels: only 'folder', 'parquet' and 'shards' convert, not 'idx'; leave it out",
         ),
         (DataSpec(name="idx"), "data.path is missing; give the folder with train-images-idx3-ubyte.gz"),
         (DataSpec(name="parquet"), "data.path is missing; give the folder with train-*.parquet"),

@@ -28,6 +28,14 @@ def test_the_form_of_a_data_set_is_seen_from_its_files(files: list[str], wanted:
     assert wanted in SOURCES
 
 
+def test_parquet_files_stay_on_the_disk_where_that_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    assert detect(tmp_path / "pictures", "shards") == "folder"
+    (tmp_path / "train-00000.parquet").touch()
+    assert detect(tmp_path, "shards") == "shards"
+    assert detect(tmp_path, "folder") == "parquet"
+
+
 def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"missing does not exist; give a folder with parquet files, IDX"):
         detect(tmp_path / "missing")

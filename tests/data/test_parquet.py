@@ -13,7 +13,7 @@ from PIL import Image
 from lipnext.core.errors import DataError
 from lipnext.core.experiment import DataSpec
 from lipnext.data.dataset import Splits, load
-from lipnext.data.parquet import _class_names, _labels, _pictures
+from lipnext.data.parquet import _pictures, class_names, labels_of
 from lipnext.data.pictures import stack
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -99,9 +99,9 @@ def test_channels_one_converts(tmp_path: Path) -> None:
 
 def test_cifar10_test_file(cifar10: Path) -> None:
     files = sorted(cifar10.glob("test*.parquet"))
-    assert _labels(files).bincount().tolist() == [1000] * 10
-    assert _labels(files)[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
-    assert _class_names(files[0])[:3] == ("airplane", "automobile", "bird")
+    assert labels_of(files).bincount().tolist() == [1000] * 10
+    assert labels_of(files)[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
+    assert class_names(files[0])[:3] == ("airplane", "automobile", "bird")
     images = stack(islice(_pictures(files), 500), 500)
     # Channel means of all test images: 0.494, 0.485, 0.450. Blue is the darkest, so the order shows.
     means = images.double().mean((0, 2, 3)) / 255
