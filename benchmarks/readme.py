@@ -443,6 +443,21 @@ def processes_table() -> str:
     return "\n".join(lines)
 
 
+def plan_table() -> str:
+    """What the plan predicts against what was measured."""
+    lines = [
+        "| step of | predicted | measured | error | of the passes | of the manifold step | of the bytes |",
+        "|" + "---|" * 7,
+    ]
+    for document in load("plan.json"):
+        what = document["what"].removeprefix("lipnext plan against a step of ").removesuffix(", on this machine")
+        for r in document["rows"]:
+            seconds = (f"{1000 * r[key]['step']:.0f} ms" for key in ("predicted_seconds", "measured_seconds"))
+            errors = (f"{100 * r['error'][key]:+.0f} %" for key in ("step", "passes", "manifold", "bytes"))
+            lines.append(f"| {what}, {r['precision']} | " + " | ".join((*seconds, *errors)) + " |")
+    return "\n".join(lines)
+
+
 def memory_table() -> str:
     """What the three ways to keep activations store and cost, by depth."""
     lines = []
@@ -541,6 +556,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "load": load_table,
     "processes": processes_table,
     "memory": memory_table,
+    "plan": plan_table,
     "linf": linf_table,
     "clarke": clarke_table,
     "votes": votes_table,

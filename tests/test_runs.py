@@ -242,7 +242,7 @@ def test_the_test_part_is_looked_at_once_and_last(tmp_path: Path, monkeypatch: p
 
 
 def certify_on(finished: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(runs, "detect", lambda path: "idx")
+    monkeypatch.setattr(runs, "detect", lambda *_: "idx")
     monkeypatch.setattr(runs, "load_data", lambda spec: Splits(train=data, validation=data, test=data))
     return runs.certify_run(finished, "somewhere")
 
