@@ -450,7 +450,9 @@ def plan_table() -> str:
         "|" + "---|" * 7,
     ]
     for document in load("plan.json"):
-        what = document["what"].removeprefix("lipnext plan against a step of ").removesuffix(", on this machine")
+        what = (
+            document["what"].removeprefix("lipnext plan against a step of ").removesuffix(", on this machine")
+        )
         for r in document["rows"]:
             seconds = (f"{1000 * r[key]['step']:.0f} ms" for key in ("predicted_seconds", "measured_seconds"))
             errors = (f"{100 * r['error'][key]:+.0f} %" for key in ("step", "passes", "manifold", "bytes"))

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lipnext import runs
 from lipnext.auditing.rounding_search import images_near_boundary, rounding_search
-from lipnext.certificates.margin import ARITHMETIC, MarginCertifier
+from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.certificate import Semantics
 from lipnext.core.errors import ViolationError
+from lipnext.core.rounding import ARITHMETIC
 from lipnext.data.dataset import load as load_data
 from lipnext.deployment.bundle import load_experiment
 

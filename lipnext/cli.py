@@ -153,14 +153,8 @@ def certify(
         raise ConfigError("give either a run folder or --model file.py:factory")
     check_output("--records", records, ".jsonl", ".csv")
     check_output("--images", images, ".npy")
-    if semantics not in (None, "real", "deployed"):
-        raise ConfigError(f"--semantics must be real or deployed, got '{semantics}'")
-    if arithmetic is not None and semantics != "deployed":
-        raise ConfigError("--arithmetic is that of a deployed program; add --semantics deployed")
     offered = ["float64", "float32"] if model is None else ["float64", "float32", "float16"]
-    if arithmetic not in (None, *offered):
-        raise ConfigError(f"--arithmetic must be {' or '.join(offered)}, got '{arithmetic}'")
-    meaning = cast("Semantics | None", semantics)
+    meaning = _semantics(semantics, arithmetic, offered)
     if run is not None:
         folder = _locate(run)
         if wanted is None:
@@ -248,6 +242,10 @@ def audit(
         list[str] | None,
         typer.Option(help="EPS:SHARE, such as 36/255:0.55, that the whole test part must reach; repeatable."),
     ] = None,
+    semantics: Annotated[str, typer.Option(help="real arithmetic, or the deployed program.")] = "real",
+    arithmetic: Annotated[
+        str | None, typer.Option(help="In which a deployed program runs: float64 or float32.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Certify a test part and try to refute it by attacks, slopes and recounts on a sample; exit 5 if refuted."""
@@ -261,7 +259,17 @@ def audit(
     if html is not None:
         reports.check_installed("jinja2", "matplotlib")
     _locate(run)  # says what RUN stands for
-    report = reports.audit(run, data, samples=samples, attacks=attacks, eps=eps, min_cra=min_cra or [])
+    meaning = _semantics(semantics, arithmetic, ["float64", "float32"])
+    report = reports.audit(
+        run,
+        data,
+        samples=samples,
+        attacks=attacks,
+        eps=eps,
+        min_cra=min_cra or [],
+        semantics=meaning or "real",
+        arithmetic=arithmetic,
+    )
     violations = report.audit.violations
     beside = Path(run) if Path(run).is_dir() else Path.cwd()
     files = write_reproducers(violations, beside if out is None else Path(out).resolve().parent)
@@ -715,6 +723,19 @@ def _share(share: float, n: int) -> Fraction:
     return Fraction(round(share * n), n)
 
 
+def _semantics(semantics: str | None, arithmetic: str | None, offered: list[str]) -> "Semantics | None":
+    """The semantics as it was typed, if it is one and fits the arithmetic."""
+    from lipnext.core.errors import ConfigError
+
+    if semantics not in (None, "real", "deployed"):
+        raise ConfigError(f"--semantics must be real or deployed, got '{semantics}'")
+    if arithmetic is not None and semantics != "deployed":
+        raise ConfigError("--arithmetic is that of a deployed program; add --semantics deployed")
+    if arithmetic not in (None, *offered):
+        raise ConfigError(f"--arithmetic must be {' or '.join(offered)}, got '{arithmetic}'")
+    return cast("Semantics | None", semantics)
+
+
 def _print_audit(document: dict[str, Any], run: str) -> None:
     """Certified accuracy is a lower bound and rounded down, attacked accuracy an upper one and rounded up."""
     n = document["n"]
@@ -744,7 +765,7 @@ def _print_audit(document: dict[str, Any], run: str) -> None:
     console = Console()
     for table in (shares, slopes, checks):
         console.print(table)
-    inside = sum(violation["kind"] == "attack" for violation in document["violations"])
+    inside = sum(violation["kind"] in ("attack", "rounding") for violation in document["violations"])
     closest = document["closest"]
     console.print(
         f"{inside} successes inside a radius; "

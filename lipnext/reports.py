@@ -17,7 +17,7 @@ from lipnext._version import __version__
 from lipnext.auditing.audit import Audit
 from lipnext.auditing.overview import overview
 from lipnext.core.bound import PROOFS, norm_label
-from lipnext.core.certificate import Certificate
+from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.eps import parse_eps, parse_eps_list, round_down
 from lipnext.core.errors import CheckError, ConfigError, DataError
 from lipnext.core.files import check_output
@@ -78,6 +78,8 @@ def audit(
     attacks: str | None = None,
     eps: str | None = None,
     min_cra: Sequence[str] = (),
+    semantics: Semantics = "real",
+    arithmetic: str | None = None,
 ) -> AuditReport:
     """Certify a whole test part, and try to refute the certificates of samples drawn from it, as `runs.audit`.
 
@@ -88,6 +90,8 @@ def audit(
         attacks: names, "minimal-norm,pgd"; None takes the usual ones.
         eps: radii, "36/255,72/255"; None takes those of the experiment.
         min_cra: certified accuracies that the whole test part must reach, such as "36/255:0.55".
+        semantics: what the certificates speak of, "real" arithmetic or the "deployed" program.
+        arithmetic: in which that program runs, "float64" or "float32"; None takes the experiment's.
 
     Raises:
         LipnextError: one line that says what to do.
@@ -96,8 +100,18 @@ def audit(
     folder = locate(path)
     experiment = load_experiment(folder)
     test = load_data(runs.data_of(experiment, data)).test  # once for both
-    found = runs.audit(folder, samples=samples, attacks=attacks, eps=eps, test=test)
-    certificate, _ = runs.certify_run(folder, test=test, semantics="real", arithmetic="float64")
+    found = runs.audit(
+        folder,
+        samples=samples,
+        attacks=attacks,
+        eps=eps,
+        test=test,
+        semantics=semantics,
+        arithmetic=arithmetic,
+    )
+    certificate, _ = runs.certify_run(
+        folder, test=test, semantics=semantics, arithmetic=found.certificate.arithmetic
+    )
     right = certificate.label == test.labels
     gates = []
     for name, (at, least, text) in required.items():

@@ -324,6 +324,8 @@ def audit(
     eps: str | None = None,
     seed: int = 0,
     test: ImageSet | None = None,
+    semantics: Semantics = "real",
+    arithmetic: str | None = None,
 ) -> Audit:
     """Try to refute the certificates of samples drawn from a test part.
 
@@ -335,6 +337,8 @@ def audit(
         eps: radii, "36/255,72/255"; None takes those of the experiment.
         seed: decides which samples.
         test: the test part itself, where it is in memory already.
+        semantics: what the certificates speak of, "real" arithmetic or the "deployed" program.
+        arithmetic: in which that program runs, "float64" or "float32"; None takes the experiment's.
 
     Returns:
         What was found; `violations` is empty for a sound library.
@@ -360,6 +364,8 @@ def audit(
             attacks=names,
             index=index,
             stated=stated,
+            semantics=semantics,
+            arithmetic="float64" if semantics == "real" else arithmetic or experiment.certify.arithmetic,
             progress=progress.advance,
         )
 

@@ -48,6 +48,8 @@ COMMANDS = {
         "--out",
         "--html",
         "--min-cra",
+        "--semantics",
+        "--arithmetic",
         "--json",
     ],
     "plot": ["runs", "--out", "--training"],

@@ -20,15 +20,16 @@ from torch import Tensor
 from lipnext.auditing.ascent import distances, rival_margin
 from lipnext.auditing.lipschitz import SteepestPair, steepest_pair
 from lipnext.auditing.recount import Check, recount
+from lipnext.auditing.rounding_search import rounding_search
 from lipnext.auditing.runner import IN_A_BALL, MINIMAL, SuiteResult, run_suite
 from lipnext.core.bound import norm_label
-from lipnext.core.certificate import Certificate
+from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.classifier import Classifier
 from lipnext.core.errors import ConfigError, DataError, UnsoundError, nearest
 from lipnext.core.files import atomic_write, sha256_tensors
 from lipnext.core.guard import check_certifiable
 from lipnext.core.network import LipschitzNetwork
-from lipnext.core.rounding import UNIT_ROUNDOFF
+from lipnext.core.rounding import ARITHMETIC, UNIT_ROUNDOFF
 
 SLOPE_ROUNDING = 1e-9
 """What rounding can add to a slope, relative: pairs are at least 1e-3 apart and float64 values below 1e3 are off by 1e-13."""
@@ -67,7 +68,7 @@ class Violation:
     """A refuted claim, with all that is needed to see it.
 
     Attributes:
-        kind: "attack", "slope" or "recount".
+        kind: "attack", "rounding", "slope" or "recount".
         detail: one line.
         arrays: what the reproducer file holds.
     """
@@ -197,12 +198,15 @@ def audit(
     stated: Mapping[str, Any] | None = None,
     steps: int = 100,
     batch_size: int = BATCH,
+    semantics: Semantics = "real",
+    arithmetic: str = "float64",
     progress: Callable[[int], None] | None = None,
 ) -> Audit:
     """Certify some images and try to refute what the certificate says.
 
     What is attacked is what the certificate speaks of, the stored weights in float64. An attack's success counts only if this
-    function sees it again: another logit above the label's, at a distance measured in float64 and rounded up.
+    function sees it again: another logit above the label's, at a distance measured in float64 and rounded up. Of a deployed
+    program the representable points around each certified sphere are searched besides, and the label that it gives decides.
 
     Args:
         model: the classifier, with a `LipschitzNetwork`.
@@ -214,6 +218,8 @@ def audit(
         stated: the content of `certificate.json`.
         steps: gradient steps of each attack; pairs of points move half as often.
         batch_size: images that are attacked together.
+        semantics: what the certificate speaks of, "real" arithmetic or the "deployed" program.
+        arithmetic: in which that program runs, "float64" or "float32"; the images are cast to it.
         progress: called after each batch that was attacked, with the number of images in it.
 
     Raises:
@@ -231,16 +237,20 @@ def audit(
             "an audit holds one network against its certificate; the label of a smoothed classifier is a vote of many noisy "
             "evaluations, and its radii may fail with probability alpha: certify it again with another model.seed"
         )
-    certificate = _on_cpu(model.certify(images))
+    if semantics == "deployed":
+        images = images.to(ARITHMETIC[arithmetic])
+    certificate = _on_cpu(model.certify(images, semantics=semantics, arithmetic=arithmetic))
     clean = certificate.clean_accuracy(truth)  # checks the labels before anything takes long
     frozen = net.materialise()
     sha256 = sha256_tensors(frozen.state_dict())
+    executed = net.materialise().to(ARITHMETIC[arithmetic]).requires_grad_(False)
     exact = frozen.double().requires_grad_(False)
     device = next(exact.parameters(), images).device
     points = images.to(device, torch.float64)
     with torch.no_grad():
         logits = torch.cat([exact(part) for part in points.split(batch_size)])
     groups = _groups(certificate, truth)
+    shown = [k for members in groups.values() for k in members]
 
     with tempfile.TemporaryDirectory() as folder:
         attacked = run_suite(
@@ -255,13 +265,14 @@ def audit(
             norm=certificate.norm,
             steps=steps,
             batch_size=batch_size,
-            keep=[k for members in groups.values() for k in members],
+            keep=range(len(images)) if semantics == "deployed" else shown,
             progress=progress,
         )
     slopes, pairs = _slopes(exact, points[:ASCENT_IMAGES], certificate, stated, (steps + 1) // 2)
     checks = recount(exact, logits.cpu(), points, truth, certificate, eps, sha256, stated)
     found = [
         *_broken(exact, points, logits, attacked, certificate),
+        *(_flipped(executed, images.to(device), attacked, certificate) if semantics == "deployed" else ()),
         *(_too_steep(row, pair, sha256) for row, pair in zip(slopes, pairs, strict=True) if not row.holds),
         *(_miscounted(check, sha256) for check in checks if not check.holds),
     ]
@@ -277,7 +288,7 @@ def audit(
         closest_by={name: attacked.attack.count(name) for name in attacks},
         slopes=tuple(slopes),
         checks=tuple(checks),
-        environment=_environment(net, device),
+        environment=_environment(net, device, arithmetic),
         gallery=tuple(_gallery(exact, points, attacked, groups)),
         violations=tuple(found),
     )
@@ -329,6 +340,32 @@ def _broken(
                 "radius": radius,
                 "distance": distance,
                 "norm": norm_label(attacked.norm),
+                "model_sha256": certificate.model_sha256,
+            },
+        )
+
+
+def _flipped(
+    executed: LipschitzNetwork, images: Tensor, attacked: SuiteResult, certificate: Certificate
+) -> Iterator[Violation]:
+    """Search at float resolution, towards the closest success of an attack, for what the program labels otherwise."""
+    towards = images.roll(1, 0)  # where no attack succeeded, any direction
+    for k, point in attacked.kept.items():
+        towards[k] = point.to(images)
+    for flip in rounding_search(executed, images, certificate, boundary=towards):
+        k, radius = flip.index, certificate.radius[flip.index].item()
+        yield Violation(
+            kind="rounding",
+            detail=f"sample {k}: the program says {flip.label} at {flip.norm!r}, within the radius {radius!r}",
+            arrays={
+                "image": images[k].cpu().numpy(),
+                "perturbed": flip.image.cpu().numpy(),
+                "label": certificate.label[k].item(),
+                "label_perturbed": flip.label,
+                "radius": radius,
+                "distance": flip.norm,
+                "norm": norm_label(certificate.norm),
+                "arithmetic": certificate.arithmetic,
                 "model_sha256": certificate.model_sha256,
             },
         )
@@ -417,7 +454,7 @@ def _miscounted(check: Check, sha256: str) -> Violation:
     )
 
 
-def _environment(net: LipschitzNetwork, device: torch.device) -> dict[str, Any]:
+def _environment(net: LipschitzNetwork, device: torch.device, arithmetic: str) -> dict[str, Any]:
     """Ask the guard again, now that all is done, and write down what it has looked at."""
     check_certifiable(net)
     return {
@@ -426,8 +463,8 @@ def _environment(net: LipschitzNetwork, device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "threads": torch.get_num_threads(),
         "weights": str(next(net.parameters()).dtype).removeprefix("torch."),
-        "arithmetic": "float64",
-        "unit_roundoff": UNIT_ROUNDOFF[torch.float64],
+        "arithmetic": arithmetic,
+        "unit_roundoff": UNIT_ROUNDOFF[ARITHMETIC[arithmetic]],
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "autocast": torch.is_autocast_enabled(device.type),

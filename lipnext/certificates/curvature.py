@@ -30,7 +30,6 @@ from torch.nn import functional
 from lipnext.bounds.factor import factor_bound
 from lipnext.bounds.spectral import absolute_norm_bound
 from lipnext.certificates.margin import (
-    ARITHMETIC,
     freeze,
     head_distances,
     longest_deployed_radius,
@@ -43,7 +42,16 @@ from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.guard import check_images
 from lipnext.core.network import SOFTPLUS_THRESHOLD, SoftplusHead
-from lipnext.core.rounding import UNIT_ROUNDOFF, RoundingState, add_up, gamma, mul_up, tensor_down, tensor_up
+from lipnext.core.rounding import (
+    ARITHMETIC,
+    UNIT_ROUNDOFF,
+    RoundingState,
+    add_up,
+    gamma,
+    mul_up,
+    tensor_down,
+    tensor_up,
+)
 
 _U = UNIT_ROUNDOFF[torch.float64]
 RIVALS = 9

@@ -39,7 +39,7 @@ from lipnext.bounds.matrix_measure import (
     off_diagonal,
     per_unit,
 )
-from lipnext.certificates.margin import ARITHMETIC, freeze, whole_blocks
+from lipnext.certificates.margin import freeze, whole_blocks
 from lipnext.core.bound import PROOFS, LipschitzBound, layer_evidence
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
@@ -47,7 +47,16 @@ from lipnext.core.guard import check_images, refuse_fast_convolution
 from lipnext.core.implicit import ImplicitModule, implicit_parts
 from lipnext.core.local import AffineModule, ReshapeModule
 from lipnext.core.network import LinearHead, LipschitzNetwork
-from lipnext.core.rounding import LARGEST, UNDERFLOW, UNIT_ROUNDOFF, add_up, gamma, tensor_down, tensor_up
+from lipnext.core.rounding import (
+    ARITHMETIC,
+    LARGEST,
+    UNDERFLOW,
+    UNIT_ROUNDOFF,
+    add_up,
+    gamma,
+    tensor_down,
+    tensor_up,
+)
 
 _U = UNIT_ROUNDOFF[torch.float64]
 _TINY = 1e-290  # covers every underflow in a sum

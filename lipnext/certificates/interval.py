@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipnext.certificates.margin import ARITHMETIC, freeze, whole_blocks
+from lipnext.certificates.margin import freeze, whole_blocks
 from lipnext.core.bound import layer_evidence
 from lipnext.core.certificate import Certificate, Semantics
 from lipnext.core.errors import UnsoundError
 from lipnext.core.guard import check_images
 from lipnext.core.interval import IntervalHead, IntervalModule
 from lipnext.core.local import ReshapeModule
-from lipnext.core.rounding import UNIT_ROUNDOFF, tensor_down, tensor_up
+from lipnext.core.rounding import ARITHMETIC, UNIT_ROUNDOFF, tensor_down, tensor_up
 
 WORTH, GROWTH, GROWN, BISECTIONS = 1.02, 1.5, 2, 4
 """From the radius of the margin upwards: where 2 % more cannot be proved, no more is tried; else times 1.5 at most twice, then

@@ -29,6 +29,7 @@ from lipnext.core.guard import check_images
 from lipnext.core.network import LinearHead, LipschitzNetwork
 from lipnext.core.propagation import norm_up
 from lipnext.core.rounding import (
+    ARITHMETIC,
     UNIT_ROUNDOFF,
     RoundingState,
     add_up,
@@ -40,7 +41,6 @@ from lipnext.core.rounding import (
 )
 
 _U = UNIT_ROUNDOFF[torch.float64]
-ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
 BLOCK = 8
 """Images are evaluated in whole blocks, filled up with zeros: a matrix product of few rows adds in another order."""
 

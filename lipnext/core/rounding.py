@@ -16,6 +16,8 @@ from torch import Tensor
 from lipnext.core.errors import UnsoundError
 
 UNIT_ROUNDOFF: dict[torch.dtype, float] = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
+ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
+"""In which a deployed program may run."""
 
 # By unit roundoff: what all underflows in one layer can add to the l2 error of one sample. A product loses at most half of the
 # smallest subnormal number, 2^-1075 or 2^-150, and the root of a sum of squares at most the root of what was lost;

@@ -15,6 +15,7 @@ from lipnext.auditing import runner
 from lipnext.auditing.ascent import AttackResult
 from lipnext.auditing.audit import Audit, audit, parse_attacks, write_reproducers
 from lipnext.auditing.lipschitz import steepest_pair
+from lipnext.auditing.rounding_search import images_near_boundary
 from lipnext.certificates.margin import MarginCertifier
 from lipnext.core.certificate import Certificate
 from lipnext.core.classifier import Classifier
@@ -199,3 +200,58 @@ def test_bad_input_is_refused() -> None:
         audit(model(), images(), TRUTH[:3], EPS, attacks=("minimal-norm",))
     with pytest.raises(UnsoundError, match="cannot certify in train mode"):
         audited(model().train())
+
+
+# ---- a deployed program
+
+
+def near_the_boundary(net: LipschitzNetwork) -> Tensor:
+    """Images that float32 cannot tell from the boundary between two classes."""
+    draws = torch.rand(200, *SHAPE, generator=torch.Generator().manual_seed(2))
+    labels = net(draws).argmax(1)
+    differ = labels != labels.roll(1)
+    return images_near_boundary(net, draws[differ], draws.roll(1, 0)[differ], dtype=torch.float32)
+
+
+def rounded(claims: str) -> Audit:
+    """The audit of a float32 program whose radii are those of these semantics."""
+    head = UnitRowHead(9, 3, generator=torch.Generator().manual_seed(0))
+
+    def certifier(net: nn.Module, semantics: str, arithmetic: str) -> Any:
+        proved = MarginCertifier(net, claims, arithmetic if claims == "deployed" else "float64")
+
+        def certify(images: Tensor) -> Certificate:
+            return dataclasses.replace(proved(images), semantics=semantics, arithmetic=arithmetic)
+
+        return certify
+
+    program = LipschitzNetwork([Flatten()], head, SHAPE).eval().float()
+    points = near_the_boundary(program.materialise().double())
+    return audit(
+        Classifier(program, certifier, SHAPE, 3, "linear"),
+        points,
+        torch.zeros(len(points), dtype=torch.int64),
+        EPS,
+        attacks=("minimal-norm",),
+        steps=5,
+        semantics="deployed",
+        arithmetic="float32",
+    )
+
+
+def test_radii_of_real_arithmetic_are_refuted_for_a_program_in_float32(tmp_path: Path) -> None:
+    found = rounded("real")
+    kinds = {violation.kind for violation in found.violations}
+    assert kinds == {"rounding"}
+    first = found.violations[0]
+    assert first.arrays["perturbed"].dtype == np.float32
+    assert first.arrays["distance"] <= first.arrays["radius"]
+    assert first.arrays["label"] != first.arrays["label_perturbed"]
+    [path, *_] = write_reproducers(found.violations, tmp_path)
+    assert str(np.load(path)["arithmetic"]) == "float32"
+
+
+def test_radii_of_the_deployed_program_hold() -> None:
+    found = rounded("deployed")
+    assert found.violations == ()
+    assert found.document()["environment"]["arithmetic"] == "float32"
