@@ -26,8 +26,10 @@ def measure(run: str, samples: int) -> dict[str, Any]:
     result = json.loads((Path(run) / "result.json").read_text(encoding="utf-8"))
     certificate, test = runs.certify_run(run)
     stated = json.loads((Path(run) / "certificate.json").read_text(encoding="utf-8"))
-    constants = torch.tensor(stated["constants" if "constants" in stated else "steepness"])
-    own = (certificate.margin - certificate.slack) / constants.double()[certificate.label, certificate.rival]
+    constants = torch.tensor(
+        stated["constants" if "constants" in stated else "steepness"], dtype=torch.float64
+    )
+    own = (certificate.margin - certificate.slack) / constants[certificate.label, certificate.rival]
     by_constants = own.clamp_min(0)
     right = certificate.label == test.labels
     eps = parse_eps_list(",".join(result["cra"]))
