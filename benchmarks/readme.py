@@ -210,8 +210,8 @@ def cost_table() -> str:
         cost = r["cost"]
         memory = f"{cost['peak_memory_growth_mib']} MiB above the weights"
         lines.append(f"| proving {cost['matrices']} | {cost['seconds']:.1f} s, {memory} |")
-    for r in load("corruptions.json"):
-        what = "randomly corrupted bundles that `lipnext verify` refuses"
+    for r in load("corruptions*.json"):
+        what = f"randomly corrupted copies of the bundle `{r['bundle']}` that `lipnext verify` refuses"
         lines.append(f"| {what} | {r['refused']} of {r['corrupted']} |")
     return "\n".join(lines)
 
