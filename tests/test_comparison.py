@@ -117,6 +117,7 @@ def test_what_cannot_be_compared_is_refused(changes: dict[str, object], word: st
         tabulate([made_up("a", 0.0), spoilt], part(), EPS)
 
 
+@pytest.mark.slow
 def test_experiments_are_trained_certified_and_found_again(tmp_path: Path, call: Call) -> None:
     words = [
         "compare",

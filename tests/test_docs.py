@@ -270,6 +270,7 @@ def test_the_worked_example_proves_a_true_bound(worked_example: str) -> None:
     assert naive > 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "keys"),
     [

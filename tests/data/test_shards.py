@@ -393,6 +393,7 @@ def epoch_of(world: World, folder: Path) -> dict[str, object]:
     return {"rows": rows, "count": world.add(len(rows))}
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_share_an_epoch(folder: Path) -> None:
     first, second = values(together(2, epoch_of, folder))

@@ -50,6 +50,7 @@ def run(folder: Path, what: Experiment, reporter: SignalAt | None = None) -> dic
 # ---- the recipe
 
 
+@pytest.mark.slow
 def test_the_recipe_fits_a_run_of_25_minutes_by_its_plan() -> None:
     what = systems.experiment("lipnext/cifar10-gpu")
     rows = planning.plan(what, gpu="h200")["activations"]["keep"]
