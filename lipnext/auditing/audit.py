@@ -243,7 +243,6 @@ def audit(
     clean = certificate.clean_accuracy(truth)  # checks the labels before anything takes long
     frozen = net.materialise()
     sha256 = sha256_tensors(frozen.state_dict())
-    executed = net.materialise().to(ARITHMETIC[arithmetic]).requires_grad_(False)
     exact = frozen.double().requires_grad_(False)
     device = next(exact.parameters(), images).device
     points = images.to(device, torch.float64)
@@ -272,7 +271,7 @@ def audit(
     checks = recount(exact, logits.cpu(), points, truth, certificate, eps, sha256, stated)
     found = [
         *_broken(exact, points, logits, attacked, certificate),
-        *(_flipped(executed, images.to(device), attacked, certificate) if semantics == "deployed" else ()),
+        *(_flipped(net, images.to(device), attacked, certificate) if semantics == "deployed" else ()),
         *(_too_steep(row, pair, sha256) for row, pair in zip(slopes, pairs, strict=True) if not row.holds),
         *(_miscounted(check, sha256) for check in checks if not check.holds),
     ]
@@ -346,9 +345,10 @@ def _broken(
 
 
 def _flipped(
-    executed: LipschitzNetwork, images: Tensor, attacked: SuiteResult, certificate: Certificate
+    net: LipschitzNetwork, images: Tensor, attacked: SuiteResult, certificate: Certificate
 ) -> Iterator[Violation]:
     """Search at float resolution, towards the closest success of an attack, for what the program labels otherwise."""
+    executed = net.materialise().to(images.dtype).requires_grad_(False)
     towards = images.roll(1, 0)  # where no attack succeeded, any direction
     for k, point in attacked.kept.items():
         towards[k] = point.to(images)

@@ -80,9 +80,8 @@ def batches(
         chosen = order[number * batch_size : (number + 1) * batch_size]
         mine = share(len(chosen))
         images = dataset.float_images(chosen[mine]).to(device, non_blocking=True)
-        if len(images) < len(
-            chosen
-        ):  # augmentation draws for the whole batch, so that a share is augmented as in it
+        if len(images) < len(chosen):
+            # Augmentation draws for the whole batch, so that a share is augmented as in it.
             own, images = images, torch.zeros(len(chosen), *dataset.shape, dtype=torch.float32, device=device)
             images[mine] = own
         if augment is not None:
