@@ -39,7 +39,7 @@ from lipnext.deployment.hub import check_repository, upload
 from lipnext.deployment.locate import locate
 from lipnext.deployment.publish import stage
 from lipnext.deployment.vnnlib import query
-from lipnext.training.loop import check_device, check_parts, resolve_precision
+from lipnext.training.loop import check_device, check_parts, check_shard, resolve_precision
 from lipnext.training.loop import train as train_network
 from lipnext.training.objective import Objective
 from lipnext.training.progress import Silent, reporter
@@ -111,6 +111,7 @@ def train(
         losses = systems.get(experiment.system).losses
         Objective(experiment.loss, losses)  # a loss that does not exist is refused before the folder is made
         check_parts(network, experiment, len(splits.train), world)
+        check_shard(experiment.train)
         check_device(experiment, splits.train)
         if is_new:
             world.first(lambda: _claim(folder, experiment))

@@ -147,6 +147,9 @@ class TrainSpec(_Section):
     """Keep the images, as bytes, in the memory of the device; they are augmented there in any case."""
     compile: bool = False
     """Compile the layers by torch.compile while training; needs `activations` keep."""
+    shard: bool = False
+    """Let each of several processes keep rows of the large matrices and their gradients; needs `activations` keep or
+    checkpoint."""
 
 
 class OptimSpec(_Section):

@@ -102,8 +102,19 @@ class World:
         with _talking():
             return dist.broadcast(tensor, src=source, async_op=True)
 
+    def gather(self, tensor: Tensor, to: int) -> tuple[dist.Work, list[Tensor]]:
+        """Begin to collect tensors of one shape in the process `to`; the list is empty on the others. Needs two or more."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == to else []
+        with _talking():
+            return dist.gather(tensor, parts or None, dst=to, async_op=True), parts
+
+    def scatter(self, tensor: Tensor, parts: list[Tensor], source: int) -> dist.Work:
+        """Begin to overwrite a tensor by the part that `source` has for this process. Needs two or more."""
+        with _talking():
+            return dist.scatter(tensor, parts or None, src=source, async_op=True)
+
     def wait(self, work: dist.Work) -> None:
-        """Wait for what `reduce` or `broadcast` began."""
+        """Wait for what one of these four began."""
         with _talking():
             work.wait()
 

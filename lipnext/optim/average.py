@@ -1,7 +1,7 @@
 """Exponential moving average of the weights whose orthogonal matrices are retracted, so that the average is a network again."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,37 +12,33 @@ from lipnext.optim.groups import split_parameters
 
 
 class RetractedAverage:
-    """Average of all parameters; `network()` returns it as a network with matrices back on the manifold.
+    """Average of parameters; `network()` returns it as a network with matrices back on the manifold.
 
     The entrywise average of orthogonal matrices lies inside their hull; its polar factor is the mean in the chordal metric.
 
     Args:
-        net: the network that is trained.
+        parameters: to average, by name; where other processes average the rest, those of this one.
         decay: weight of the past at each update, 0 < decay < 1; ramped up in the first steps as `(1 + n) / (10 + n)`.
-        names: parameters to average, where other processes average the rest; None averages all.
     """
 
-    def __init__(self, net: nn.Module, decay: float, names: Iterable[str] | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        parameters = dict(net.named_parameters())
-        self.average: dict[str, Tensor] = {
-            name: parameters[name].detach().clone() for name in (parameters if names is None else names)
-        }
+        self.parameters = dict(parameters)
+        self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, net: nn.Module) -> None:
-        """Move the average towards the network's present weights."""
+    def update(self) -> None:
+        """Move the average towards the present weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        parameters = dict(net.named_parameters())
         if self.average:
-            current = [parameters[name].detach() for name in self.average]
+            current = [p.detach() for p in self.parameters.values()]
             torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
 
     @torch.no_grad()
     def network(self, net: nn.Module) -> nn.Module:
-        """Return a copy of `net` that holds the retracted average of what is averaged."""
+        """Return a copy of a network that holds the retracted average of what is averaged."""
         averaged = copy.deepcopy(net)
         orthogonal, _ = split_parameters(averaged)
         parameters = dict(averaged.named_parameters())

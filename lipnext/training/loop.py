@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lipnext.core.errors import ConfigError, TrainingError
-from lipnext.core.experiment import Experiment, OptimSpec
+from lipnext.core.experiment import Experiment, OptimSpec, TrainSpec
 from lipnext.core.network import LipschitzNetwork, in_turn
 from lipnext.core.system import NetworkLoss
 from lipnext.core.world import World, local_device
@@ -32,6 +32,7 @@ from lipnext.optim.orthogonal import OrthogonalOptimizer
 from lipnext.optim.orthogonal_adam import OrthogonalAdam
 from lipnext.optim.owner import Owners
 from lipnext.optim.schedule import warmup_cosine
+from lipnext.optim.sharding import quiet_views
 from lipnext.training.activations import stored_activations
 from lipnext.training.checkpoint import (
     list_checkpoints,
@@ -108,18 +109,20 @@ def train(
     device = resolve_device(spec.device)
     network.to(device, torch.float64 if spec.precision == "float64" else torch.float32)
     check_parts(network, experiment, len(training), world)
+    check_shard(spec)
     check_device(experiment, training)
     if spec.data_on_device:
         training, validation = _on_device(training, device), _on_device(validation, device)
 
     # ---- what is trained, and how ------------------------------------------------------------------------
-    orthogonal, euclidean = split_parameters(network)
-    owners = Owners(network, world)  # this process keeps state for what it owns, one alone for everything
-    matrices, others = ([kind[n] for n in owners.mine(kind)] for kind in (orthogonal, euclidean))
+    orthogonal, euclidean = (list(kind) for kind in split_parameters(network))
+    # this process keeps state for what it owns, one alone for everything
+    owners = Owners(network, world, shard=spec.shard)
+    matrices, others = ([owners.held[n] for n in owners.mine(kind)] for kind in (orthogonal, euclidean))
     manifold = make_orthogonal_optimizer(matrices, experiment)
     rest = make_euclidean_optimizer(others, experiment.optim)
     ahead = Lookahead(others, experiment.optim.lookahead) if experiment.optim.lookahead else None
-    average = RetractedAverage(network, spec.ema, owners.mine(owners.parameters)) if spec.ema else None
+    average = RetractedAverage(owners.held, spec.ema) if spec.ema else None
     objective, augment = Objective(experiment.loss, losses), Augment(experiment.augment)
     per_epoch = count_batches(len(training), spec.batch_size)
     total = spec.epochs * per_epoch
@@ -128,7 +131,7 @@ def train(
     progress, digest = Progress(), experiment.digest()
     losses_of_steps = RunningLoss(device, spec.accumulate, world)
     parts: Parts = {
-        "network": (network, []),
+        "network": (owners, []),
         "manifold": (manifold, orthogonal),
         "rest": (rest, euclidean),
         "lookahead": (ahead, euclidean),
@@ -153,14 +156,14 @@ def train(
         return values[-1] if values else math.nan
 
     def save() -> None:
-        _check_weights(network, progress, folder)
+        _check_weights(owners, progress, folder)
         state = {"progress": vars(progress).copy(), **gather_state(parts, owners)}
         place, part = folder / "checkpoints", spec.checkpoint_part
         world.first(lambda: save_checkpoint(place, progress.step, state, digest, spec.keep, part))
 
     def finished() -> LipschitzNetwork:
         """What is looked at and kept."""
-        chosen = _averaged(network, average, owners)
+        chosen = _averaged(cast(LipschitzNetwork, owners.whole_network()), average, owners)
         again = batches(
             training, spec.batch_size, seed=experiment.seed, epoch=0, augment=augment, device=device
         )
@@ -177,6 +180,7 @@ def train(
         owners,
         stored_activations(network, spec),
         compiled_layers(network, spec),
+        quiet_views(),
     ):
         loss_read = math.nan
         while progress.epoch < spec.epochs:
@@ -217,7 +221,7 @@ def train(
                 if ahead is not None:
                     ahead.update()
                 if average is not None:
-                    average.update(network)
+                    average.update()
                 owners.spread(network)
                 progress.step += 1
                 progress.batch += 1
@@ -235,7 +239,7 @@ def train(
             # ---- end of an epoch: retract, look at validation, save --------------------------------------
             read_losses(progress.step - 1)
             progress.seconds += time.perf_counter() - clock  # a device may still have been computing
-            _check_weights(network, progress, folder)
+            _check_weights(owners, progress, folder)
             progress.epoch += 1
             progress.batch = 0
             drift = world.largest(_drift(matrices))
@@ -253,9 +257,10 @@ def train(
                 "seconds": round(progress.seconds, 3),
             }
             if last or progress.epoch % spec.evaluate_every == 0:
-                kept = finished()
+                chosen = finished()
+                kept = chosen if last else None
                 fields["validation_estimate"] = estimate_validation(
-                    kept,
+                    chosen,
                     validation,
                     experiment.certify.eps,
                     experiment.certify.batch_size,
@@ -306,6 +311,17 @@ def resolve_device(name: str) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"train.device: '{name}' cannot be used here ({reason}); cpu always can") from None
     return device
+
+
+def check_shard(spec: TrainSpec) -> None:
+    """Refuse to shard what would be read while it is not there.
+
+    Raises:
+        ConfigError: if layers are run backwards or compiled.
+    """
+    if spec.shard and (spec.activations == "reverse" or spec.compile):
+        other = "train.compile" if spec.compile else "train.activations=reverse"
+        raise ConfigError(f"train.shard: does not go with {other}; set one of the two back")
 
 
 def check_parts(network: LipschitzNetwork, experiment: Experiment, images: int, world: World) -> None:
@@ -414,9 +430,9 @@ def _interrupted(progress: Progress) -> str:
     return f"interrupted; saved at step {progress.step}; run the same command again to go on"
 
 
-def _check_weights(network: LipschitzNetwork, progress: Progress, folder: Path) -> None:
+def _check_weights(owners: Owners, progress: Progress, folder: Path) -> None:
     """Only finite weights may be retracted or become the newest checkpoint."""
-    if not weights_are_finite(network.state_dict()):
+    if owners.world.largest(not weights_are_finite(owners.own())):
         raise TrainingError(_not_finite("a weight is no longer finite", progress, folder))
 
 

@@ -92,7 +92,7 @@ def trained(name: str, optimizer: str = "muon") -> Trained:
         rules.append(OPTIMIZERS[optimizer](list(orthogonal.values())))
     if euclidean:
         rules.append(torch.optim.Adam(list(euclidean.values()), lr=1e-2))
-    average = RetractedAverage(net, decay=0.9)
+    average = RetractedAverage(dict(net.named_parameters()), decay=0.9)
     history = []
     for _ in range(STEPS):
         loss = loss_of(system, net, images, labels)
@@ -100,7 +100,7 @@ def trained(name: str, optimizer: str = "muon") -> Trained:
         loss.backward()
         for rule in rules:
             rule.step()
-        average.update(net)
+        average.update()
         history.append(loss.item())
     net.zero_grad(set_to_none=True)
     with torch.no_grad():

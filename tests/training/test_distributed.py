@@ -135,7 +135,7 @@ def state_bytes(world: World, folder: Path) -> tuple[int, int]:
     what = experiment("model.width=64", "model.depth=4", "train.epochs=1", "optim.lookahead=2")
     run(world, folder, what)
     kept = parts[0]
-    weights = sum(p.nbytes for p in kept["network"].parameters())
+    weights = sum(p.nbytes for p in kept["network"].parameters.values())
     tensors = [
         *(t for name in ("manifold", "rest") for s in kept[name].state.values() for t in s.values()),
         *kept["lookahead"].slow,
