@@ -21,14 +21,15 @@ from torch.utils.flop_counter import flop_registry
 
 from lipnext import systems
 from lipnext.core.errors import ConfigError, nearest
-from lipnext.core.experiment import Experiment
+from lipnext.core.experiment import Experiment, TrainSpec
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.world import World
 from lipnext.data.dataset import load as load_data
 from lipnext.nn.reversible import Reversible
 from lipnext.optim.groups import split_parameters
 from lipnext.optim.orthogonal import MAX_STACK, MAX_STACK_ELSEWHERE
-from lipnext.optim.owner import Owners
+from lipnext.optim.owner import SMALL, Owners
+from lipnext.optim.sharding import find_shardable
 from lipnext.training.activations import stored_activations
 from lipnext.training.loop import make_euclidean_optimizer, make_orthogonal_optimizer
 from lipnext.training.objective import Objective
@@ -148,7 +149,7 @@ def plan(
         data: folder with the data set, where the experiment is not named after a known one.
 
     Returns:
-        parameters, sizes in bytes for each rank, flops, seconds of a step and of an epoch, and for each of `MODES` what
+        parameters, sizes in bytes for each rank, flops, seconds of a step and of an epoch, and for each of `MODES` that apply what
         `train.activations` would change. Estimates, all of them.
 
     Raises:
@@ -169,9 +170,10 @@ def plan(
     try:
         with FakeTensorMode():
             network = systems.build_network(experiment, shape, classes)
-            modes = {mode: _metered(network, experiment, images, mode) for mode in _modes(network)}
-            names = Owners(network, World(0, gpus)).mine(dict(network.named_parameters()))
+            modes = {mode: _metered(network, experiment, images, mode) for mode in _modes(network, spec)}
+            names = list(Owners(network, World(0, gpus)).held)
             orthogonal, euclidean = split_parameters(network)
+            shardable = find_shardable(network, SMALL) if spec.shard and gpus > 1 else []
         matrices = [orthogonal[name] for name in names if name in orthogonal]
         others = sum(euclidean[name].numel() for name in names if name in euclidean)
         step, state, workspace = _optimiser(matrices, experiment, gpu)
@@ -182,23 +184,35 @@ def plan(
     size = next(network.parameters()).element_size()
     parameters = sum(p.numel() for p in network.parameters())
     owned = sum(p.numel() for p in matrices) + others
+    sizes = {name: network.get_parameter(name).numel() * size for name in shardable}
+    # rows are kept of the sharded ones, and all of those that are owned; while layers compute, two of them are whole
+    elsewhere = sum(sizes.values()) * (gpus - 1) // gpus
+    twice = sum(sizes.get(name, 0) for name in names)
+    in_flight = 2 * max((_of_layer(name, sizes) for name in sizes), default=0)
     fixed = {
-        "weights": parameters * size + sum(b.numel() * b.element_size() for b in network.buffers()),
+        "weights": parameters * size
+        - elsewhere
+        + twice
+        + in_flight
+        + sum(b.numel() * b.element_size() for b in network.buffers()),
         "moments": round(state + rest) * size,
         "average": owned * size if spec.ema else 0,
     }
     device = _this_cpu(network, modes["keep"][0]) if gpu == "cpu" else DEVICES[gpu]
     link = device.link if gpus <= device.machine else device.network
     sent = parameters * size if gpus > 1 else 0
+    # sharded, weights travel before both passes and gradients behind the second; then rows to their owner and back
+    hidden, open_ = (3 * sent, 2 * sent // gpus) if shardable else (sent, sent)
     manifold = _manifold_step(matrices, experiment) if gpu == "cpu" else step.seconds(device)
     steps = max(1, int(count * (1 - experiment.data.validation)) // spec.batch_size)
     rows = {}
     for mode, (meter, stored) in modes.items():
         passes = meter.seconds(device) * spec.accumulate
         # gradients travel during the backward pass, two thirds of the time; weights after the step
-        waiting = max(0.0, sent / link - passes * 2 / 3) + sent / link
+        waiting = max(0.0, hidden / link - passes * (1 if shardable else 2 / 3)) + open_ / link
         seconds = passes + manifold + waiting
-        memory = sum(fixed.values()) + max(meter.peak, parameters * size + workspace)
+        gradients = parameters * size - elsewhere + twice
+        memory = sum(fixed.values()) + max(meter.peak - elsewhere + twice + in_flight, gradients + workspace)
         rows[mode] = {
             "activations": stored,
             "memory": memory,
@@ -218,9 +232,9 @@ def plan(
         "parameters": parameters,
         "images_per_pass": images,
         "flops_per_image": modes["keep"][0].flops / images,
-        "bytes": fixed | {"gradients": parameters * size},
-        "sent_per_step": 2 * sent,
-        "seconds_sending": 2 * sent / link if sent else 0.0,
+        "bytes": fixed | {"gradients": parameters * size - elsewhere + twice},
+        "sent_per_step": hidden + open_,
+        "seconds_sending": (hidden + open_) / link,
         "manifold_flops": step.flops,
         "activations": rows,
     }
@@ -240,8 +254,16 @@ def _data_set(experiment: Experiment, data: str | None) -> tuple[tuple[int, int,
     )
 
 
-def _modes(network: LipschitzNetwork) -> tuple[str, ...]:
-    return MODES if any(isinstance(layer, Reversible) for layer in network.body) else ("keep",)
+def _modes(network: LipschitzNetwork, spec: TrainSpec) -> tuple[str, ...]:
+    if not any(isinstance(layer, Reversible) for layer in network.body):
+        return ("keep",)
+    return tuple(mode for mode in MODES if not (spec.shard and mode == "reverse"))
+
+
+def _of_layer(name: str, sizes: dict[str, int]) -> int:
+    """Bytes of the sharded parameters of a parameter's layer."""
+    layer = name.rpartition(".")[0]
+    return sum(size for other, size in sizes.items() if other.rpartition(".")[0] == layer)
 
 
 def _metered(network: LipschitzNetwork, experiment: Experiment, images: int, mode: str) -> tuple[Meter, int]:

@@ -105,6 +105,20 @@ def test_state_is_shared_and_communication_appears() -> None:
     assert four["images_per_pass"] == 8
 
 
+def test_sharded_weights_and_gradients_fall_with_the_devices() -> None:
+    wide = tiny().override(["model.width=192", "model.depth=8"])
+    whole, sharded = plan(wide, gpus=4), plan(wide.override(["train.shard=true"]), gpus=4)
+    matrices, layer = 16 * 192**2 * 4, 2 * 192**2 * 4
+    small = whole["bytes"]["weights"] - matrices
+    # a quarter of all rows, a quarter of the matrices whole, and two layers at work
+    assert sharded["bytes"]["weights"] == small + matrices // 2 + 2 * layer
+    assert sharded["bytes"]["gradients"] == small + matrices // 2
+    assert sharded["sent_per_step"] == 3.5 * (small + matrices)
+    assert list(sharded["activations"]) == ["keep", "checkpoint"]
+    alone = plan(wide.override(["train.shard=true"]))
+    assert alone["bytes"] == plan(wide)["bytes"]
+
+
 def test_seconds_are_a_roofline() -> None:
     meter, device = Meter(), DEVICES["h100"]
     meter.operations = [(torch.float32, 67 * 10**12, 1), (torch.float32, 0, int(3.35e12))]

@@ -52,7 +52,7 @@ def run_interrupted(world: World, folder: Path, what: Experiment) -> bool:
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
-        (2, ["optim.clip=0.5", "train.accumulate=2"]),
+        (2, ["optim.clip=0.5", "train.accumulate=2", "optim.euclidean=sgd"]),
         pytest.param(3, ["train.activations=checkpoint"], marks=pytest.mark.slow),
         pytest.param(2, ["optim.name=adam", "train.ema=0", "optim.lookahead=0"], marks=pytest.mark.slow),
     ],
