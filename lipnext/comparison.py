@@ -99,7 +99,8 @@ def compare(
         overrides: "section.key=value", for each experiment.
         eps: radii of the table.
         attacked: test images to attack, 0 for none.
-        images: how many test images to certify, evenly spaced; None takes all. For certificates that take long.
+        images: how many test images to certify, evenly spaced, for certificates that take long; None takes the smallest
+            `certify.images` of the runs, or all where none has one.
         norm: 2.0 or inf, into which all radii are converted; None keeps each in its own.
         nearest_neighbour: whether the nearest-neighbour certificate of the training part is a row.
 
@@ -128,6 +129,9 @@ def compare(
             experiment = runs.resolve(name, data, [*overrides, f"seed={seed}"])
             folders.append((_row_name(experiment), _trained(experiment, Path(folder), minutes, epochs)))
     splits = _common_data([path for _, path in folders], data)
+    if images is None:
+        counts = [load_experiment(path).certify.images for _, path in folders]
+        images = min((count for count in counts if count is not None), default=None)
     if images is not None and images < len(splits.test):
         chosen = torch.arange(images) * len(splits.test) // images
         splits = replace(splits, test=splits.test.subset(chosen))

@@ -199,6 +199,13 @@ def test_each_norm_has_its_table_and_one_norm_only_on_request(tmp_path: Path, ca
     assert "radii of another norm cannot be compared, draw them apart" in error
 
 
+def test_as_many_images_as_the_runs_certify_unless_a_number_is_asked_for(tmp_path: Path) -> None:
+    few = compare(["cll/tiny"], epochs=1, folder=tmp_path, overrides=["certify.images=15"])
+    assert few["n"] == 15
+    (folder,) = tmp_path.iterdir()
+    assert compare([str(folder)], images=20)["n"] == 20
+
+
 def test_a_time_budget_becomes_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < epoch_seconds(runs.resolve("cll/tiny")) < 60
     monkeypatch.setattr(comparison, "epoch_seconds", lambda experiment: 2.9)
