@@ -149,8 +149,8 @@ def plan(
         data: folder with the data set, where the experiment is not named after a known one.
 
     Returns:
-        parameters, sizes in bytes for each rank, flops, seconds of a step and of an epoch, and for each of `MODES` that apply what
-        `train.activations` would change. Estimates, all of them.
+        parameters, sizes in bytes for each rank, flops, seconds of a step and of an epoch, and for those of `MODES` that apply
+        what `train.activations` would change. Estimates, all of them.
 
     Raises:
         ConfigError: one line, for a device, a number or a data set that cannot be planned for.
