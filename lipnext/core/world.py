@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -91,6 +92,39 @@ class World:
         if box[1] is not None:
             raise box[1]
         return cast(T, box[0])
+
+    def each(self, work: Callable[[], T]) -> T:
+        """Let every process work for itself; if one meets a `LipnextError`, all raise the first."""
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except LipnextError as met:
+            error = met
+        errors: list[LipnextError | None] = [None] * self.size
+        with _talking():
+            dist.all_gather_object(errors, error)
+        for found in filter(None, errors):
+            raise found
+        return cast(T, result)
+
+    def aside(self) -> dist.ProcessGroup | None:
+        """A second connection, over gloo, for a thread that talks while this one does; None with one process."""
+        if self.size == 1:
+            return None
+        with _talking():
+            return dist.new_group(backend="gloo")
+
+    def leave(self, group: dist.ProcessGroup | None) -> None:
+        """Close what `aside` opened."""
+        if group is not None:
+            dist.destroy_process_group(group)
+
+    def result(self, future: Future[T]) -> T:
+        """Wait for what a thread does that talks over `aside`."""
+        with _talking():
+            return future.result()
 
     def reduce(self, tensor: Tensor, to: int) -> dist.Work:
         """Begin to sum a tensor into the process `to`; what the others keep in it is undefined. Needs two or more."""
