@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -96,6 +97,7 @@ class BackgroundSave:
             self.world.result(future)
         except CheckpointException as failed:
             error = next(iter(failed.failures.values()))[0]
+            traceback.clear_frames(failed.__traceback__)  # they hold the connection, whose threads must end
         finally:
             if future.done():  # and not a second Ctrl-C
                 self._under_way = None
