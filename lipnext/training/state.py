@@ -68,7 +68,8 @@ def _mine(part: Any, names: list[str], owners: Owners) -> dict[str, Any]:
     if isinstance(part, Lookahead):
         return state | {"slow": dict(zip(mine, state["slow"], strict=True))}
     if isinstance(part, nn.Module):
-        return {n: value for n, value in state.items() if _is_mine(n, owners, rest=owners.world.is_first)}
+        own = {n: value for n, value in state.items() if _is_mine(n, owners, rest=owners.world.is_first)}
+        return {n: owners.parameters.get(n, value) for n, value in own.items()}
     return state
 
 
