@@ -25,7 +25,7 @@ from timing import report
 from lipnext import systems
 from lipnext.core.world import World, join
 from lipnext.data.dataset import Dataset
-from lipnext.training import loop
+from lipnext.training import loop, saving
 from lipnext.training.progress import Silent
 
 WARM_UP = 2  # steps
@@ -55,13 +55,13 @@ def state_bytes(parts: Mapping[str, tuple[Any, Any]]) -> int:
 def work(args: argparse.Namespace, world: World) -> dict[str, float]:
     """Train one epoch and return what was seen, the same on all processes."""
     held: list[int] = []
-    gather = loop.gather_state
+    gather = saving.gather_state
 
     def seen(parts: Any, owners: Any) -> Any:
         held.append(state_bytes(parts))
         return gather(parts, owners)
 
-    loop.gather_state = seen
+    saving.gather_state = seen
     experiment = systems.experiment("lipnext/tiny").override(
         [
             *(f"model.{name}={getattr(args, name)}" for name in ("width", "depth", "patch")),

@@ -139,6 +139,9 @@ class TrainSpec(_Section):
     """Checkpoints that stay on the disk."""
     checkpoint_part: AtLeastOne | None = None
     """Largest file of a checkpoint in MB (10^6 bytes); None writes one file, however large."""
+    checkpoints: Literal["whole", "distributed"] = "whole"
+    """whole: the first process collects and writes everything. distributed: each process writes what it owns, in the
+    background, while training goes on."""
     ema: Decay = 0.0
     """Decay of the averaged weights; 0 switches averaging off."""
     threads: AtLeastOne | None = None

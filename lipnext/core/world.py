@@ -5,11 +5,13 @@ one process nothing is sent, and a method returns what it was given. Numbers and
 NCCL.
 """
 
+import functools
 import importlib
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -92,6 +94,39 @@ class World:
             raise box[1]
         return cast(T, box[0])
 
+    def each(self, work: Callable[[], T]) -> T:
+        """Let every process work for itself; if one meets a `LipnextError`, all raise the first."""
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except LipnextError as met:
+            error = met
+        errors: list[LipnextError | None] = [None] * self.size
+        with _talking():
+            dist.all_gather_object(errors, error)
+        for found in filter(None, errors):
+            raise found
+        return cast(T, result)
+
+    def aside(self) -> dist.ProcessGroup | None:
+        """A second connection, over gloo, for a thread that talks while this one does; None with one process."""
+        if self.size == 1:
+            return None
+        with _talking():
+            return dist.new_group(backend="gloo")
+
+    def leave(self, group: dist.ProcessGroup | None) -> None:
+        """Close what `aside` opened."""
+        if group is not None:
+            dist.destroy_process_group(group)
+
+    def result(self, future: Future[T]) -> T:
+        """Wait for what a thread does that talks over `aside`."""
+        with _talking():
+            return future.result()
+
     def reduce(self, tensor: Tensor, to: int) -> dist.Work:
         """Begin to sum a tensor into the process `to`; what the others keep in it is undefined. Needs two or more."""
         with _talking():
@@ -165,7 +200,9 @@ def join(device: str) -> Iterator[World]:
     # The store outlives a group, and under torchrun a restart, too: what one group wrote must not be read by the next.
     attempt = f"lipnext-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_GROUPS)}"
     with _talking():
-        store, _, _ = next(dist.rendezvous("env://", int(rank), int(size)))
+        store = _meeting_place(
+            os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", ""), int(rank), int(size)
+        )
         dist.init_process_group(
             backend, store=dist.PrefixStore(attempt, store), rank=int(rank), world_size=int(size)
         )
@@ -173,6 +210,17 @@ def join(device: str) -> Iterator[World]:
         yield World(int(rank), int(size))
     finally:
         dist.destroy_process_group()
+
+
+@functools.cache
+def _meeting_place(address: str, port: str, rank: int, size: int) -> dist.Store:
+    """The store over which groups are made, one for the life of the process.
+
+    One for each group would be served by the first process under the same port again and again, and another process could
+    still reach the one before, which is about to close, and wait there for ever.
+    """
+    store: dist.Store = next(dist.rendezvous("env://", rank, size))[0]
+    return store
 
 
 def local_device(name: str) -> torch.device:

@@ -189,22 +189,26 @@ class Owners:
 
     def own(self) -> dict[str, Tensor]:
         """What this process answers for: the parameters that it holds, and the buffers, which all have."""
-        return {**self.held, **dict(self._network.named_buffers())}
+        return {**self.held, **self.buffers()}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The network's state, whole on the first process; what the others return of sharded parameters is their own alone."""
-        if self._template is None:
-            return self._network.state_dict()
-        return {**self.gather(self.held, self.parameters), **dict(self._network.named_buffers())}
+    def buffers(self) -> dict[str, Tensor]:
+        """What the network's state holds beside its parameters."""
+        return {name: t for name, t in self._network.state_dict().items() if name not in self.owner}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a whole state: buffers, and what this process holds; `spread` brings the rest."""
-        if self._template is None:
-            self._network.load_state_dict(state)
-            return
-        with torch.no_grad():
-            for name, tensor in self.own().items():
-                tensor.copy_(state[name])
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the network as far as this process owns it; the first process alone answers for the buffers."""
+        return {"held": dict(self.held), "buffers": self.buffers() if self.world.is_first else {}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take what this process holds, and all buffers; `spread` brings the rest."""
+        for own, saved in ((self.held, state["held"]), (self.buffers(), state["buffers"])):
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+
+    def gather_held(self) -> dict[str, Tensor]:
+        """All parameters, whole, on the first process."""
+        return self.gather(self.held, self.parameters) if self._sharded else dict(self.parameters)
 
     def gather(self, entries: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """Bring what the owners know about parameters to the first process, one parameter at a time.

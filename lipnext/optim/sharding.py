@@ -6,8 +6,7 @@ the rows. How rows come to the process that moves the matrix, and back, is told 
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +61,8 @@ def shard_parameters(network: nn.Module, names: Iterable[str], world: World) -> 
     try:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        # Nothing here works in place on what a layer returned.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         mesh = init_device_mesh(next(network.parameters()).device.type, (world.size,))
         chosen = {name: network.get_parameter(name) for name in names}
         others = {p for name, p in network.named_parameters() if name not in chosen}
@@ -127,14 +128,6 @@ def put_together(parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[
     columns = torch.stack(list(parts)).split([share.numel() for share in shares], dim=1)
     # every process but the last ones has a full share, so that the padding comes last
     return [column.reshape(-1, *shape[1:])[: shape[0]] for column, shape in zip(columns, shapes, strict=True)]
-
-
-@contextmanager
-def quiet_views() -> Iterator[None]:
-    """Silence FSDP2's warning of layers that return a view: nothing here works in place on the output of a layer."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        yield
 
 
 def _share(shape: torch.Size, size: int) -> torch.Size:

@@ -32,21 +32,16 @@ from lipnext.optim.orthogonal import OrthogonalOptimizer
 from lipnext.optim.orthogonal_adam import OrthogonalAdam
 from lipnext.optim.owner import Owners
 from lipnext.optim.schedule import warmup_cosine
-from lipnext.optim.sharding import quiet_views
 from lipnext.training.activations import stored_activations
-from lipnext.training.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    weights_are_finite,
-)
+from lipnext.training.checkpoint import list_checkpoints, weights_are_finite
 from lipnext.training.compiled import check_compile, compiled_layers
 from lipnext.training.interrupt import StopRequest
 from lipnext.training.log import LOG, RunLog
 from lipnext.training.objective import Objective
 from lipnext.training.progress import Reporter, Silent
 from lipnext.training.running_loss import RunningLoss
-from lipnext.training.state import Parts, gather_state, restore_state
+from lipnext.training.saving import Checkpoints
+from lipnext.training.state import Parts
 from lipnext.training.validation import estimate_validation
 
 
@@ -128,7 +123,8 @@ def train(
     total = spec.epochs * per_epoch
 
     # ---- resume ------------------------------------------------------------------------------------------
-    progress, digest = Progress(), experiment.digest()
+    progress = Progress()
+    checkpoints = Checkpoints(folder / "checkpoints", experiment, world)
     losses_of_steps = RunningLoss(device, spec.accumulate, world)
     parts: Parts = {
         "network": (owners, []),
@@ -137,10 +133,9 @@ def train(
         "lookahead": (ahead, euclidean),
         "average": (average, owners.parameters),
     }
-    saved = world.first(lambda: list_checkpoints(folder / "checkpoints")[-1:])
-    if saved:
-        progress = _restore(load_checkpoint(saved[0], digest), parts, owners)
-        reporter.line(f"resumed from {saved[0].name}, epoch {progress.epoch + 1} of {spec.epochs}")
+    if (saved := checkpoints.newest()) is not None:
+        progress = Progress(**checkpoints.restore(saved, parts, owners))
+        reporter.line(f"resumed from {saved.name}, epoch {progress.epoch + 1} of {spec.epochs}")
         reporter.resume(progress.step)
     owners.spread(network)  # the same to the last bit, whatever machine a process runs on
 
@@ -150,16 +145,14 @@ def train(
         for step, value in enumerate(values, last - len(values) + 1):
             if not math.isfinite(value):
                 raise TrainingError(
-                    _not_finite(f"the loss became {value}", replace(progress, step=step), folder)
+                    _not_finite(f"the loss became {value}", replace(progress, step=step), checkpoints)
                 )
             progress.loss_sum += value
         return values[-1] if values else math.nan
 
     def save() -> None:
-        _check_weights(owners, progress, folder)
-        state = {"progress": vars(progress).copy(), **gather_state(parts, owners)}
-        place, part = folder / "checkpoints", spec.checkpoint_part
-        world.first(lambda: save_checkpoint(place, progress.step, state, digest, spec.keep, part))
+        _check_weights(owners, progress, checkpoints)
+        checkpoints.save(vars(progress).copy(), parts, owners)
 
     def finished() -> LipschitzNetwork:
         """What is looked at and kept."""
@@ -178,9 +171,9 @@ def train(
         RunLog(file, progress.step, board) as log,
         StopRequest() as stop,
         owners,
+        checkpoints,
         stored_activations(network, spec),
         compiled_layers(network, spec),
-        quiet_views(),
     ):
         loss_read = math.nan
         while progress.epoch < spec.epochs:
@@ -233,13 +226,14 @@ def train(
                 if progress.batch < per_epoch and (code := int(world.largest(stop.exit_code))):
                     read_losses(progress.step - 1)
                     save()
+                    checkpoints.wait()
                     reporter.line(_interrupted(progress))
                     raise Interrupted(code)
 
             # ---- end of an epoch: retract, look at validation, save --------------------------------------
             read_losses(progress.step - 1)
             progress.seconds += time.perf_counter() - clock  # a device may still have been computing
-            _check_weights(owners, progress, folder)
+            _check_weights(owners, progress, checkpoints)
             progress.epoch += 1
             progress.batch = 0
             drift = world.largest(_drift(matrices))
@@ -273,6 +267,7 @@ def train(
             if last or code or progress.epoch % spec.checkpoint_every == 0:
                 save()
             if code:
+                checkpoints.wait()
                 reporter.line(_interrupted(progress))
                 raise Interrupted(code)
 
@@ -409,11 +404,6 @@ def _drift(matrices: list[nn.Parameter]) -> float:
     return max((residual(matrix.detach()).max().item() for matrix in matrices), default=0.0)
 
 
-def _restore(state: dict[str, Any], parts: Parts, owners: Owners) -> Progress:
-    restore_state(state, parts, owners)
-    return Progress(**state["progress"])
-
-
 def _averaged(
     network: LipschitzNetwork, average: RetractedAverage | None, owners: Owners
 ) -> LipschitzNetwork:
@@ -430,14 +420,15 @@ def _interrupted(progress: Progress) -> str:
     return f"interrupted; saved at step {progress.step}; run the same command again to go on"
 
 
-def _check_weights(owners: Owners, progress: Progress, folder: Path) -> None:
+def _check_weights(owners: Owners, progress: Progress, checkpoints: Checkpoints) -> None:
     """Only finite weights may be retracted or become the newest checkpoint."""
     if owners.world.largest(not weights_are_finite(owners.own())):
-        raise TrainingError(_not_finite("a weight is no longer finite", progress, folder))
+        raise TrainingError(_not_finite("a weight is no longer finite", progress, checkpoints))
 
 
-def _not_finite(what: str, progress: Progress, folder: Path) -> str:
-    kept = list_checkpoints(folder / "checkpoints")
+def _not_finite(what: str, progress: Progress, checkpoints: Checkpoints) -> str:
+    checkpoints.wait()  # the last may still be under way
+    kept = list_checkpoints(checkpoints.folder)
     where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
     return (
         f"{what} at step {progress.step} (epoch {progress.epoch + 1}); {where}; "

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -29,7 +30,9 @@ def test_alone_nothing_is_sent_and_everything_comes_back() -> None:
     assert world.is_first
     assert world.add(1.5) == world.largest(1.5) == 1.5
     assert world.add_(tensor) is world.length(tensor) is tensor
-    assert world.first(lambda: "done") == "done"
+    assert world.first(lambda: "done") == world.each(lambda: "done") == "done"
+    assert world.aside() is None
+    world.leave(None)
     with join("cpu") as found:
         assert found == world
     assert not torch.distributed.is_initialized()
@@ -137,3 +140,49 @@ def test_processes_on_gpus_take_one_each(monkeypatch: pytest.MonkeyPatch) -> Non
         join("cuda:1"),
     ):
         pass
+
+
+def each(world: World) -> tuple[int, str]:
+    def fail() -> None:
+        if world.rank > 0:
+            raise DataError(f"of {world.rank}")
+
+    number = world.each(lambda: world.rank)
+    try:
+        world.each(fail)
+    except DataError as error:
+        return number, str(error)
+    return number, ""
+
+
+@pytest.mark.dist
+def test_each_works_for_itself_and_all_raise_the_first_error() -> None:
+    assert values(together(3, each)) == [(0, "of 1"), (1, "of 1"), (2, "of 1")]
+
+
+def two_at_a_time(world: World) -> tuple[list[float], list[float]]:
+    """A thread adds over the second connection while this one adds over the first, each in its own time."""
+    group = world.aside()
+
+    def talk() -> list[float]:
+        found = []
+        for number in range(20):
+            tensor = torch.tensor(float(number))
+            torch.distributed.all_reduce(tensor, group=group)
+            found.append(tensor.item())
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(talk)
+        mine = [world.add(float(-number)) for number in range(20)]
+        theirs = world.result(future)
+    world.leave(group)
+    return mine, theirs
+
+
+@pytest.mark.dist
+def test_a_thread_talks_over_a_connection_of_its_own() -> None:
+    wanted = [2.0 * number for number in range(20)]
+    for mine, theirs in values(together(2, two_at_a_time)):
+        assert theirs == wanted
+        assert mine == [-number for number in wanted]

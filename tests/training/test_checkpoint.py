@@ -126,7 +126,7 @@ def test_every_cut_and_every_changed_byte_is_noticed(tmp_path: Path) -> None:
 def test_files_of_another_kind_and_other_experiments_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "step-000000001.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(BundleError, match="has format None, this version reads 'lipnext-checkpoint-1'"):
+    with pytest.raises(BundleError, match="has format None, this version reads 'lipnext-checkpoint-2'"):
         load_checkpoint(path, DIGEST)
     torch.save({"x": 1}, path)
     with pytest.raises(BundleError, match="is damaged or no checkpoint"):

@@ -16,7 +16,7 @@ from lipnext.core.experiment import Experiment
 from lipnext.core.world import World
 from lipnext.nn.linear_residual import LinearResidual
 from lipnext.systems import build_network
-from lipnext.training import loop
+from lipnext.training import loop, saving
 from lipnext.training.checkpoint import list_checkpoints, load_checkpoint
 from lipnext.training.loop import Interrupted, train
 from lipnext.training.progress import Silent
@@ -125,13 +125,13 @@ def test_a_layer_that_takes_the_mean_of_the_batch_takes_that_of_all_processes(tm
 def state_bytes(world: World, folder: Path) -> tuple[int, int]:
     """Train two steps; return the bytes of all state that this process keeps beside the weights, and of the weights."""
     parts: list[Any] = []
-    gather = loop.gather_state
+    gather = saving.gather_state
 
     def spy(given: Any, owners: Any) -> Any:
         parts.append({name: part for name, (part, _) in given.items() if part is not None})
         return gather(given, owners)
 
-    loop.gather_state = spy
+    saving.gather_state = spy
     what = experiment("model.width=64", "model.depth=4", "train.epochs=1", "optim.lookahead=2")
     run(world, folder, what)
     kept = parts[0]
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
         f"the loss became nan at step 4 (epoch 2); the last good checkpoint is {kept};"
     )
     assert list_checkpoints(kept.parent) == [kept]
-    assert all(bool(t.isfinite().all()) for t in newest(tmp_path / "run", what)["network"].values())
+    assert all(bool(t.isfinite().all()) for t in newest(tmp_path / "run", what)["network"]["held"].values())
 
 
 def die(world: World, folder: Path, what: Experiment, victim: int) -> float:

@@ -162,7 +162,7 @@ def test_the_average_is_what_is_returned(tmp_path: Path) -> None:
     what = experiment()
     net, _ = run(tmp_path / "run", what)
     assert_same(newest(tmp_path / "run", what)["average"]["average"]["head.weight"], net.head.weight.detach())
-    assert not torch.equal(newest(tmp_path / "run", what)["network"]["head.weight"], net.head.weight)
+    assert not torch.equal(newest(tmp_path / "run", what)["network"]["held"]["head.weight"], net.head.weight)
 
 
 def test_no_more_than_the_wanted_checkpoints_stay(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     )
     assert checkpoint.list_checkpoints(kept.parent) == [kept]
     state = newest(tmp_path / "run", what)
-    assert all(bool(t.isfinite().all()) for t in state["network"].values())
+    assert all(bool(t.isfinite().all()) for t in state["network"]["held"].values())
 
 
 def test_a_learning_rate_that_is_too_large_ends_in_one_line(tmp_path: Path) -> None:

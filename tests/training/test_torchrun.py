@@ -27,7 +27,7 @@ SECONDS = 120
 
 
 @contextmanager
-def torchrun(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def torchrun(out: Path, *options: str, settings: list[str] = SETTINGS) -> Iterator[subprocess.Popen[str]]:
     launcher = [
         sys.executable,
         "-m",
@@ -37,9 +37,9 @@ def torchrun(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
         "2",
         *options,
     ]
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    words = [word for setting in settings for word in ("--set", setting)]
     job = subprocess.Popen(
-        [*launcher, "-m", "lipnext", "train", "digits", "--out", str(out), *settings, "--json"],
+        [*launcher, "-m", "lipnext", "train", "digits", "--out", str(out), *words, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -99,9 +99,10 @@ def test_a_killed_process_is_noticed_and_torchrun_resumes_by_itself(tmp_path: Pa
     assert result == whole  # the weights' hash among others: nothing was lost
 
 
-def test_a_signal_saves_and_one_process_goes_on(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with torchrun(out) as job:
+@pytest.mark.parametrize("kind", ["whole", "distributed"])
+def test_a_signal_saves_and_one_process_goes_on(kind: str, tmp_path: Path) -> None:
+    out, settings = tmp_path / "run", [*SETTINGS, f"train.checkpoints={kind}"]
+    with torchrun(out, settings=settings) as job:
         wait_for(lambda: bool(list_checkpoints(out / "checkpoints")), job)
         job.send_signal(signal.SIGTERM)
         _, err = job.communicate(timeout=SECONDS)
@@ -109,7 +110,7 @@ def test_a_signal_saves_and_one_process_goes_on(tmp_path: Path) -> None:
     step = int(newest.stem[5:])
     assert f"interrupted; saved at step {step}; run the same command again to go on" in err
     assert err.count("interrupted; saved") == 1
-    result = runs.train(systems.experiment("digits").override(SETTINGS), out)
+    result = runs.train(systems.experiment("digits").override(settings), out)
     assert result["processes"] == 1
     assert result["clean"] > 0.4
 
