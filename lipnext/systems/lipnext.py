@@ -141,6 +141,19 @@ def cifar10_cpu() -> Experiment:
     )
 
 
+def cifar10_cpu_long() -> Experiment:
+    """CIFAR-10, wider and longer: twenty minutes on two CPU cores: benchmarks/results/cifar10-cpu-long-seed0.json."""
+    short = cifar10_cpu()
+    return short.model_copy(
+        update={
+            "preset": "cifar10-cpu-long",
+            "summary": "CIFAR-10, small radii; twenty minutes on 2 CPU cores",
+            "model": dict(PRESETS["cifar10-cpu-long"]),
+            "train": short.train.model_copy(update={"epochs": 28, "evaluate_every": 7}),
+        }
+    )
+
+
 def cifar10_cpu_robust() -> Experiment:
     """CIFAR-10, large radii (temperature and ramp are the dial): benchmarks/results/cifar10-cpu-robust-seed0.json."""
     clean = cifar10_cpu()
@@ -251,6 +264,7 @@ PRESETS: dict[str, dict[str, int | float]] = {
     "digits": {"width": 64, "depth": 4, "patch": 4, "shift": 0.125},
     "fashion-mnist-cpu": {"width": 192, "depth": 6, "patch": 7, "shift": 0.0625, "pool": False},
     "cifar10-cpu": {"width": 128, "depth": 6, "patch": 4, "shift": 0.0625, "pool": False},
+    "cifar10-cpu-long": {"width": 192, "depth": 6, "patch": 4, "shift": 0.0625, "pool": False},
     "cifar10": {"width": 1024, "depth": 32, "patch": 2, "shift": 0.0625},
     "cifar10-w2048": {"width": 2048, "depth": 32, "patch": 2, "shift": 0.0625},
     "cifar100": {"width": 2048, "depth": 32, "patch": 2, "shift": 0.0625},
@@ -265,6 +279,7 @@ EXPERIMENTS = {
     "fashion-mnist-cpu": fashion_mnist_cpu,
     "fashion-mnist-cpu-robust": fashion_mnist_cpu_robust,
     "cifar10-cpu": cifar10_cpu,
+    "cifar10-cpu-long": cifar10_cpu_long,
     "cifar10-cpu-robust": cifar10_cpu_robust,
     "images": images,
     "cifar10": cifar10,

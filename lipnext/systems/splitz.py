@@ -6,7 +6,6 @@ confidence 1 - alpha an image: see `lipnext.certificates.smoothing`.
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +41,8 @@ THRESHOLD = 0.5
 """Constant of the left half below which the published loss leaves it alone."""
 NOISY_OPTIM, NOISY_LOSS = OptimSpec(lr=0.02, euclidean="adam", euclidean_lr=2e-3), LossSpec(name="splitz")
 """For training by noise."""
+FAST_OPTIM = NOISY_OPTIM.model_copy(update={"euclidean_lr": 4e-3})
+"""The same for Fashion-MNIST: chosen for both systems on the validation part."""
 
 
 def build(
@@ -53,6 +54,7 @@ def build(
     depth: int = 2,
     patch: int = 4,
     shift: float = 1 / 16,
+    beta: float = 0.5,
     kernel: int = 3,
     convolutions: str = "",
     hidden: str = "256",
@@ -72,6 +74,7 @@ def build(
         depth: number of LipNeXt blocks.
         patch: side of their patches; sides that it does not divide are padded with zeros.
         shift: fraction of their channels shifted each way, 0 to 1/4.
+        beta: fraction of their channels that is folded, 0 to 1; with 0 the left half is orthogonal.
         kernel: side of the convolution of relu-theta, odd.
         convolutions: of the right half, in order, each "channels x kernel / stride p padding", such as "32x5/2p2"; "/1"
             and "p1" may be left out; "" for none.
@@ -88,7 +91,7 @@ def build(
         ConfigError: if a value is out of range or a description cannot be read.
     """
     source = torch.Generator().manual_seed(seed)
-    body, shape = _left_half(left, input_shape, width, depth, patch, shift, kernel, source)
+    body, shape = _left_half(left, input_shape, width, depth, patch, shift, beta, kernel, source)
     shapes, widths = _convolutions(convolutions, shape), _widths(hidden)
     right: Head
     if shapes or widths:
@@ -115,6 +118,7 @@ def _left_half(
     depth: int,
     patch: int,
     shift: float,
+    beta: float,
     kernel: int,
     source: torch.Generator,
 ) -> tuple[list[LipschitzModule], tuple[int, int, int]]:
@@ -122,11 +126,13 @@ def _left_half(
     channels, height, breadth = input_shape
     if left not in LEFT:
         raise ConfigError(f"model.left: must be one of {', '.join(LEFT)}, got {left!r}")
-    if min(width, depth, patch, kernel) < 1 or kernel % 2 == 0 or not 0 <= shift <= 0.25:
+    if min(width, depth, patch, kernel) < 1 or kernel % 2 == 0:
         raise ConfigError(
-            "model: width, depth and patch must be at least 1, kernel odd and shift in [0, 1/4], got "
-            f"width {width}, depth {depth}, patch {patch}, kernel {kernel}, shift {shift}"
+            "model: width, depth and patch must be at least 1 and kernel odd, got "
+            f"width {width}, depth {depth}, patch {patch}, kernel {kernel}"
         )
+    if not 0 <= shift <= 0.25 or not 0 <= beta <= 1:
+        raise ConfigError(f"model: shift must lie in [0, 1/4] and beta in [0, 1], got {shift} and {beta}")
     if left == "none":
         return [Centre(input_shape)], input_shape
     if left == "relu-theta":
@@ -137,7 +143,7 @@ def _left_half(
         return [convolution, ClippedReLU(shape)], shape
     grid = patch_grid(input_shape, patch, width)
     blocks = [
-        ShiftBlock(width, grid, group=int(shift * width), folded=width // 2, generator=source)
+        ShiftBlock(width, grid, group=int(shift * width), folded=int(beta * width), generator=source)
         for _ in range(depth)
     ]
     return [Centre(input_shape), SpaceToDepth(patch, width), *blocks, ChannelsFirst()], (width, *grid)
@@ -209,26 +215,21 @@ def digits_cohen() -> Experiment:
 
 
 def fashion_mnist_cpu() -> Experiment:
-    """Fashion-MNIST (IDX files), sigma 0.5: LipNeXt's body, trained as for its large radii, votes of a linear right half.
+    """Fashion-MNIST (IDX files), sigma 0.5: an orthogonal block on patches of 2 x 2, a convolutional right half.
 
-    Five minutes on two CPU cores, and as long for 500 images.
+    Five minutes on two CPU cores, and as long for 500 images. Folds in the block (`model.beta`), more blocks and larger patches
+    certified less on the validation part in that time.
     """
-    summary = "Fashion-MNIST, LipNeXt's body, sigma 0.5; five minutes on 2 CPU cores, as long to certify"
-    return _on_a_laptop(
-        "fashion-mnist-cpu",
-        "fashion-mnist-cpu",
-        summary,
-        16,
-        images=500,
-        optim=OptimSpec(lr=0.012, euclidean_lr=3e-3),
-        loss=LossSpec(temperature=0.6, ramp_to=3.0),
-    )
+    summary = "Fashion-MNIST, an orthogonal block, sigma 0.5; five minutes on 2 CPU cores, as long to certify"
+    return _on_a_laptop("fashion-mnist-cpu", "fashion-mnist-cpu", summary, 33, images=500, optim=FAST_OPTIM)
 
 
 def fashion_mnist_cpu_cohen() -> Experiment:
     """Fashion-MNIST (IDX files) by Cohen's smoothing, sigma 0.5: five minutes on two CPU cores, and as long for 500 images."""
     summary = "Fashion-MNIST, Cohen's smoothing, sigma 0.5; five minutes on 2 CPU cores, as long to certify"
-    return _on_a_laptop("fashion-mnist-cpu-cohen", "fashion-mnist-cpu", summary, 40, images=500)
+    return _on_a_laptop(
+        "fashion-mnist-cpu-cohen", "fashion-mnist-cpu", summary, 40, images=500, optim=FAST_OPTIM
+    )
 
 
 def mnist() -> Experiment:
@@ -258,12 +259,17 @@ def _on_a_laptop(
     *,
     images: int | None = None,
     optim: OptimSpec = NOISY_OPTIM,
-    loss: LossSpec = NOISY_LOSS,
 ) -> Experiment:
     """The small runs that all systems share, looked at every fourth time, and certified at the radii of the field."""
-    precision: Literal["float32"] | None = "float32" if loss is NOISY_LOSS else None
     experiment = laptop_run(
-        "splitz", run, PRESETS[name], summary, epochs=epochs, optim=optim, loss=loss, precision=precision
+        "splitz",
+        run,
+        PRESETS[name],
+        summary,
+        epochs=epochs,
+        optim=optim,
+        loss=NOISY_LOSS,
+        precision="float32",
     )
     return experiment.model_copy(
         update={
@@ -278,7 +284,16 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
     "tiny": {"width": 16, "depth": 1, "patch": 2, "hidden": "32", "sigma": 0.25, "samples": 200},
     "digits": {"width": 64, "depth": 4, "patch": 4, "hidden": "256", "sigma": 0.25},
     "digits-cohen": {"left": "none", "hidden": "256", "sigma": 0.25},
-    "fashion-mnist-cpu": {"width": 192, "depth": 6, "patch": 7, "hidden": "", "sigma": 0.5},
+    "fashion-mnist-cpu": {
+        "width": 4,
+        "depth": 1,
+        "patch": 2,
+        "shift": 0.25,
+        "beta": 0.0,
+        "convolutions": "32x3p1,64x3/2",
+        "hidden": "128",
+        "sigma": 0.5,
+    },
     "fashion-mnist-cpu-cohen": {
         "left": "none",
         "convolutions": "32x3/2,64x3/2",
