@@ -531,26 +531,25 @@ def clarke_table() -> str:
 
 def votes_table() -> str:
     """Certified accuracy by votes, rounded down."""
-    lines = []
-    for document in load("smoothing.json"):
-        rows = document["runs"]
-        lines += [
-            "| experiment | minutes | clean | "
-            + " | ".join(f"certified {eps}" for eps in rows[0]["cra"])
-            + " | ACR | abstained | of | votes | alpha |",
-            "|" + "---|" * (8 + len(rows[0]["cra"])),
+    rows = [run for document in load("smoothing*.json") for run in document["runs"]]
+    lines = [
+        "| experiment | epochs | minutes | clean | "
+        + " | ".join(f"certified {eps}" for eps in rows[0]["cra"])
+        + " | ACR | abstained | of | votes | alpha |",
+        "|" + "---|" * (9 + len(rows[0]["cra"])),
+    ]
+    for r in rows:
+        cells = [
+            f"`{r['experiment']}`",
+            str(r["epochs"]),
+            f"{r['minutes']:.1f}",
+            *(floor(found) for found in (r["clean"], *r["cra"].values(), r["acr"])),
+            str(r["abstained"]),
+            str(r["n"]),
+            f"{r['votes']:,}",
+            str(r["alpha"]),
         ]
-        for r in rows:
-            cells = [
-                f"`{r['experiment']}`",
-                f"{r['minutes']:.1f}",
-                *(floor(found) for found in (r["clean"], *r["cra"].values(), r["acr"])),
-                floor(r["abstained"]),
-                str(r["n"]),
-                f"{r['votes']:,}",
-                str(r["alpha"]),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
