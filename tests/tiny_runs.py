@@ -50,3 +50,33 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         del line["seconds"]
     return lines
+
+
+def difference(first: Any, second: Any) -> float:
+    """The largest over two nested states, which must have the same form."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype
+        assert first.shape == second.shape
+        return (first.double() - second.double()).abs().max().item() if first.numel() else 0.0
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        return max((difference(first[key], second[key]) for key in first), default=0.0)
+    if isinstance(first, list | tuple):
+        return max((difference(*pair) for pair in zip(first, second, strict=True)), default=0.0)
+    if isinstance(first, float):
+        return abs(first - second)
+    assert first == second
+    return 0.0
+
+
+def nested_state() -> dict[str, Any]:
+    """Everything that a checkpoint may hold."""
+    shared = torch.arange(6.0).view(2, 3)
+    return {
+        "a": {0: {"step": 3, "moment": shared.mT}, 1: {}},
+        "b": [1, 2.5, None, True, "text", (0.9, 0.999)],
+        "c": {"half": torch.tensor([1.5], dtype=torch.bfloat16), "scalar": torch.tensor(0.1), "same": shared},
+        "tiny": 5e-324,
+        "none": torch.empty(0, dtype=torch.int64),
+    }

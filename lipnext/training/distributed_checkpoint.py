@@ -13,7 +13,7 @@ import shutil
 import traceback
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as Written
@@ -59,6 +59,8 @@ class BackgroundSave:
     def __init__(self, folder: Path, digest: str, keep: int, world: World) -> None:
         self.folder, self.digest, self.keep, self.world = folder, digest, keep, world
         self._group = world.aside()  # what the thread says must not mix with what training says
+        # Not dcp.async_save: nobody can wait for its thread, which holds the connection a little longer than the save takes.
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: tuple[_Writer, Future[Metadata]] | None = None
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
@@ -74,13 +76,18 @@ class BackgroundSave:
         self.wait()
         tensors: dict[str, Tensor] = {}
         skeleton = take_apart(state, "", tensors)
+        copies = {
+            name: copied(tensor) for name, tensor in tensors.items()
+        }  # training is about to change them
         writer = _Writer(self.folder / f"step-{step:09d}", skeleton, self.digest, self.keep)
         alone = self._group is None
         if alone:
             # One process is what is meant. The filter stays: the warning comes from the thread, at some later time.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        future = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
-        self._under_way = writer, cast("Future[Metadata]", future)
+        future = self._thread.submit(
+            dcp.save, copies, storage_writer=writer, process_group=self._group, no_dist=alone
+        )
+        self._under_way = writer, future
 
     def wait(self) -> None:
         """Return when the checkpoint that was begun last counts.
@@ -108,6 +115,7 @@ class BackgroundSave:
 
     def close(self) -> None:
         """Give the connection of the thread back, once nothing is under way."""
+        self._thread.shutdown()
         self.world.leave(self._group)
         self._group = None
 
@@ -119,10 +127,6 @@ class _Writer(HuggingFaceStorageWriter):
         self.final, self.draft = final, final.with_name(final.name + DRAFT)
         self.skeleton, self.digest, self.keep = skeleton, digest, keep
         super().__init__(str(self.draft), save_distributed=True)
-
-    def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
-        """Copy what training is about to change."""
-        return {name: copied(tensor) for name, tensor in state_dict.items()}
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Send the skeleton along, to the first process."""

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from tiny_runs import nested_state
 
 from lipnext.core.errors import BundleError, TrainingError
 from lipnext.training import checkpoint
@@ -19,21 +20,10 @@ from lipnext.training.checkpoint import (
 DIGEST = "d" * 64
 
 
-def state() -> dict[str, Any]:
-    shared = torch.arange(6.0).view(2, 3)
-    return {
-        "a": {0: {"step": 3, "moment": shared.mT}, 1: {}},
-        "b": [1, 2.5, None, True, "text", (0.9, 0.999)],
-        "c": {"half": torch.tensor([1.5], dtype=torch.bfloat16), "scalar": torch.tensor(0.1), "same": shared},
-        "tiny": 5e-324,
-        "none": torch.empty(0, dtype=torch.int64),
-    }
-
-
 def test_a_state_reads_back_exactly(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path / "new" / "folder", 7, state(), DIGEST, 2)
+    path = save_checkpoint(tmp_path / "new" / "folder", 7, nested_state(), DIGEST, 2)
     assert path == tmp_path / "new" / "folder" / "step-000000007.safetensors"
-    again, wanted = load_checkpoint(path, DIGEST), state()
+    again, wanted = load_checkpoint(path, DIGEST), nested_state()
     assert again.keys() == wanted.keys()
     assert list(again["a"]) == [0, 1]
     assert again["a"][0]["step"] == 3
@@ -70,7 +60,7 @@ def test_something_that_cannot_be_held_is_our_own_bug(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_leaves_the_older_checkpoint(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = save_checkpoint(tmp_path, 1, state(), DIGEST, 1)
+    old = save_checkpoint(tmp_path, 1, nested_state(), DIGEST, 1)
     before = old.read_bytes()
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -81,7 +71,7 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoint(
     else:
         monkeypatch.setattr(os, place, full)
     with pytest.raises(TrainingError) as error:
-        save_checkpoint(tmp_path, 2, state(), DIGEST, 1)
+        save_checkpoint(tmp_path, 2, nested_state(), DIGEST, 1)
     assert str(error.value) == (
         f"cannot write checkpoint {tmp_path}/step-000000002.safetensors: No space left on device; free some "
         "space or choose another --out, then run the same command again (older checkpoints are intact)"
@@ -95,7 +85,7 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoint(
 def test_a_real_limit_of_the_system_is_met_in_the_same_way(tmp_path: Path) -> None:
     import resource
 
-    old = save_checkpoint(tmp_path, 1, state(), DIGEST, 1)
+    old = save_checkpoint(tmp_path, 1, nested_state(), DIGEST, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -104,7 +94,7 @@ def test_a_real_limit_of_the_system_is_met_in_the_same_way(tmp_path: Path) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [old]
-    assert load_checkpoint(old, DIGEST).keys() == state().keys()
+    assert load_checkpoint(old, DIGEST).keys() == nested_state().keys()
 
 
 def test_every_cut_and_every_changed_byte_is_noticed(tmp_path: Path) -> None:
@@ -131,7 +121,7 @@ def test_files_of_another_kind_and_other_experiments_are_refused(tmp_path: Path)
     torch.save({"x": 1}, path)
     with pytest.raises(BundleError, match="is damaged or no checkpoint"):
         load_checkpoint(path, DIGEST)
-    path = save_checkpoint(tmp_path, 1, state(), DIGEST, 1)
+    path = save_checkpoint(tmp_path, 1, nested_state(), DIGEST, 1)
     with pytest.raises(
         BundleError, match=r"belongs to another experiment \(digest dddddddddddd, asked for eeee"
     ):

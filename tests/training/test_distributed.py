@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from processes import together, values
-from tiny_runs import SHAPE, experiment, log_lines, pictures
+from tiny_runs import SHAPE, difference, experiment, log_lines, pictures
 
 from lipnext.core.errors import ConfigError, TrainingError
 from lipnext.core.experiment import Experiment
@@ -58,24 +58,6 @@ def newest(folder: Path, what: Experiment) -> dict[str, Any]:
     state = load_checkpoint(list_checkpoints(folder / "checkpoints")[-1], what.digest())
     del state["progress"]["seconds"]
     return state
-
-
-def difference(first: Any, second: Any) -> float:
-    """The largest over two nested states, which must have the same form."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype
-        assert first.shape == second.shape
-        return (first.double() - second.double()).abs().max().item() if first.numel() else 0.0
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        return max((difference(first[key], second[key]) for key in first), default=0.0)
-    if isinstance(first, list | tuple):
-        return max((difference(*pair) for pair in zip(first, second, strict=True)), default=0.0)
-    if isinstance(first, float):
-        return abs(first - second)
-    assert first == second
-    return 0.0
 
 
 def assert_same_run(folder: Path, other: Path, what: Experiment) -> None:

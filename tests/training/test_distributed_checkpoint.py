@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import together, values
-from tiny_runs import SHAPE, experiment, log_lines, pictures
+from tiny_runs import SHAPE, difference, experiment, log_lines, nested_state, pictures
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lipnext.core.errors import BundleError, ConfigError, TrainingError
@@ -101,22 +101,6 @@ def newest(folder: Path, what: Experiment) -> dict[str, Any]:
     state = read(list_checkpoints(folder / "checkpoints")[-1], what.digest())
     del state["progress"]["seconds"]
     return state
-
-
-def difference(first: Any, second: Any) -> float:
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert (first.dtype, first.shape) == (second.dtype, second.shape)
-        return (first.double() - second.double()).abs().max().item() if first.numel() else 0.0
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        return max((difference(first[key], second[key]) for key in first), default=0.0)
-    if isinstance(first, list | tuple):
-        return max((difference(*pair) for pair in zip(first, second, strict=True)), default=0.0)
-    if isinstance(first, float):
-        return abs(first - second)
-    assert first == second
-    return 0.0
 
 
 def assert_same_run(folder: Path, other: Path, what: Experiment) -> None:
@@ -385,21 +369,10 @@ def test_the_last_checkpoint_of_a_run_must_be_written_too(
     assert names(tmp_path / "run") == []
 
 
-def state() -> dict[str, Any]:
-    shared = torch.arange(6.0).view(2, 3)
-    return {
-        "a": {0: {"step": 3, "moment": shared.mT}, 1: {}},
-        "b": [1, 2.5, None, True, "text", (0.9, 0.999)],
-        "c": {"half": torch.tensor([1.5], dtype=torch.bfloat16), "scalar": torch.tensor(0.1), "same": shared},
-        "tiny": 5e-324,
-        "none": torch.empty(0, dtype=torch.int64),
-    }
-
-
 def written(folder: Path, keep: int = 2, *steps: int) -> Path:
     saving = BackgroundSave(folder, DIGEST, keep, World())
     for step in steps or (7,):
-        saving.begin(step, state())
+        saving.begin(step, nested_state())
     saving.wait()
     saving.close()
     return list_checkpoints(folder)[-1]
@@ -409,7 +382,7 @@ def test_a_state_reads_back_exactly(tmp_path: Path) -> None:
     path = written(tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "step-000000007"
     again = read(path, DIGEST)
-    assert difference(again, state()) == 0
+    assert difference(again, nested_state()) == 0
     assert list(again["a"]) == [0, 1]
     assert again["tiny"] == 5e-324
 
@@ -418,7 +391,7 @@ def test_a_part_is_read_from_its_file_alone(tmp_path: Path) -> None:
     path = written(tmp_path)
     stored, fetch = open_checkpoint(path, DIGEST)
     (path / "shard-00001-model-00001-of-00001.safetensors").unlink()
-    assert fetch({"b": stored["b"]}) == {"b": state()["b"]}
+    assert fetch({"b": stored["b"]}) == {"b": nested_state()["b"]}
     with pytest.raises(BundleError, match="is damaged or no checkpoint"):
         fetch({"c": stored["c"]})
 
@@ -435,7 +408,7 @@ def test_the_newest_stay_and_other_files_are_not_touched(keep: int, tmp_path: Pa
 def test_a_step_that_is_saved_again_takes_the_place_of_the_former(tmp_path: Path) -> None:
     path = written(tmp_path)
     (path / "state.json").unlink()
-    assert difference(read(written(tmp_path), DIGEST), state()) == 0
+    assert difference(read(written(tmp_path), DIGEST), nested_state()) == 0
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -455,9 +428,9 @@ def test_every_cut_and_every_changed_byte_is_noticed(tmp_path: Path) -> None:
             except BundleError as error:
                 assert "\n" not in str(error)  # noqa: PT017
             else:  # a remark of torch in the header, or 4e-324, which reads as 5e-324
-                assert difference(same, state()) == 0
+                assert difference(same, nested_state()) == 0
         file.write_bytes(whole)
-    assert difference(read(path, DIGEST), state()) == 0
+    assert difference(read(path, DIGEST), nested_state()) == 0
 
 
 def test_files_of_another_kind_and_other_experiments_are_refused(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import together, values
-from test_distributed import DOUBLE, SAME, STEPS, At, assert_same_run, difference, new, run
-from tiny_runs import SHAPE, experiment, network, pictures
+from test_distributed import DOUBLE, SAME, STEPS, At, assert_same_run, new, run
+from tiny_runs import SHAPE, difference, experiment, network, pictures
 from torch import Tensor
 
 from lipnext.core.errors import ConfigError, TrainingError
