@@ -291,7 +291,10 @@ def signalled(folder: Path, number: int, count: int) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(("number", "count"), [(signal.SIGTERM, 40), (signal.SIGINT, 10_000)])
+@pytest.mark.parametrize(
+    ("number", "count"),
+    [(signal.SIGTERM, 40), pytest.param(signal.SIGINT, 10_000, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     number: int, count: int, call: Call, tmp_path: Path
 ) -> None:

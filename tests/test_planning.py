@@ -80,6 +80,7 @@ def test_sizes_are_those_of_real_tensors(mode: str, optimizer: str) -> None:
     assert document["activations"][mode]["activations"] == pytest.approx(real["activations"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_flops_and_peak_are_those_of_a_real_run() -> None:
     """The same meter over real tensors, and the products of the block by hand."""
     width, depth, tokens, batch = 32, 6, 16, 32
@@ -105,6 +106,7 @@ def test_state_is_shared_and_communication_appears() -> None:
     assert four["images_per_pass"] == 8
 
 
+@pytest.mark.slow
 def test_sharded_weights_and_gradients_fall_with_the_devices() -> None:
     wide = tiny().override(["model.width=192", "model.depth=8"])
     whole, sharded = plan(wide, gpus=4), plan(wide.override(["train.shard=true"]), gpus=4)

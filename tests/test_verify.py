@@ -246,6 +246,7 @@ def test_json_report(tiny: Path, copy: Path, capsys: pytest.CaptureFixture[str])
     assert report == {"bundle": str(copy), "holds": False, "reason": "there is no file config.json"}
 
 
+@pytest.mark.slow
 def test_the_seed_decides_which_samples(copy: Path) -> None:
     edit_record(copy, 100, lambda record: record.update(radius=record["radius"] + 1))
     few = [*arguments(copy)[:-1], "20", "--seed"]

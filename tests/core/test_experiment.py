@@ -56,6 +56,7 @@ def test_round_trip_of_numbers(lr: float, seed: int) -> None:
     assert experiment.seed == seed
 
 
+@pytest.mark.slow
 def test_digest_is_the_same_in_another_process_and_sees_every_change() -> None:
     code = "from lipnext.core.experiment import Experiment as E; print(E(system='lipnext').digest())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -412,6 +412,7 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_former(tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_every_cut_and_every_changed_byte_is_noticed(tmp_path: Path) -> None:
     path = written(tmp_path)
     for file in path.iterdir():
@@ -455,6 +456,7 @@ def test_files_of_another_kind_and_other_experiments_are_refused(tmp_path: Path)
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_damage_that_one_process_meets_ends_all(tmp_path: Path) -> None:
     values(together(2, stop, tmp_path / "run", WHAT, 2))
     path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
