@@ -25,7 +25,7 @@ PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 )
-ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust")
+ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust", "cifar10-cpu-long")
 BASELINES = ("digits", "fashion-mnist-cpu", "cifar10-cpu")
 EPS = ("36/255", "72/255", "108/255")
 
