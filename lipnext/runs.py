@@ -43,6 +43,7 @@ from lipnext.training.loop import check_device, check_parts, check_shard, resolv
 from lipnext.training.loop import train as train_network
 from lipnext.training.objective import Objective
 from lipnext.training.progress import Silent, reporter
+from lipnext.training.saving import check_checkpoints
 
 ANALYSED_AT_ONCE = 8
 DECODED = 2**30
@@ -112,6 +113,7 @@ def train(
         Objective(experiment.loss, losses)  # a loss that does not exist is refused before the folder is made
         check_parts(network, experiment, len(splits.train), world)
         check_shard(experiment.train)
+        check_checkpoints(experiment.train)
         check_device(experiment, splits.train)
         if is_new:
             world.first(lambda: _claim(folder, experiment))

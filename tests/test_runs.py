@@ -204,6 +204,13 @@ def test_a_loss_that_does_not_exist_is_refused_before_the_folder_is_made(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_checkpoints_that_cannot_be_written_so_are_refused_before_the_folder_is_made(tmp_path):
+    cut = ["train.checkpoints=distributed", "train.checkpoint_part=16"]
+    with pytest.raises(ConfigError, match="only whole checkpoints are cut into files"):
+        runs.train("lipnext/tiny", tmp_path / "run", overrides=cut)
+    assert not (tmp_path / "run").exists()
+
+
 # ---- nothing is tuned on the test part
 
 

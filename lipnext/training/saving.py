@@ -31,10 +31,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, experiment: Experiment, world: World) -> None:
+        check_checkpoints(experiment.train)
         self.folder, self.spec, self.digest, self.world = folder, experiment.train, experiment.digest(), world
         self._background = None
         if self.spec.checkpoints == "distributed":
-            check_distributed(self.spec)
             from lipnext.training import distributed_checkpoint  # a second to import, and not in every torch
 
             world.first(lambda: distributed_checkpoint.delete_drafts(folder))
@@ -108,12 +108,14 @@ class Checkpoints:
             self._background.wait()
 
 
-def check_distributed(spec: TrainSpec) -> None:
+def check_checkpoints(spec: TrainSpec) -> None:
     """Refuse `train.checkpoints=distributed` where it cannot work, before anything is trained.
 
     Raises:
         ConfigError: if torch is too old or was built without its distributed part, or files of a largest size are asked for.
     """
+    if spec.checkpoints == "whole":
+        return
     if torch.__version__ < OLDEST or not dist.is_available():
         raise ConfigError(
             f"train.checkpoints: 'distributed' needs torch {OLDEST} or later with torch.distributed, "
