@@ -15,16 +15,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lipnext.core.network import LipschitzNetwork
 from lipnext.core.world import World
 from lipnext.optim.sharding import (
     cut,
     find_shardable,
     pack_rows,
     put_together,
+    room_for_rows,
     shard_parameters,
     unpack_rows,
     with_room,
-    without_content,
 )
 
 SMALL = 2**15
@@ -76,8 +77,9 @@ class Owners:
         self._template: nn.Module | None = None
         self._sharded: dict[str, torch.Size] = {}
         if shard and world.size > 1:
+            assert isinstance(network, LipschitzNetwork)
             self._sharded = {name: whole[name].shape for name in find_shardable(network, SMALL)}
-            self._template = without_content(network)
+            self._template = with_room(network, "meta")
         self.held = {
             name: nn.Parameter(whole[name].detach().clone()) if name in self._sharded else whole[name]
             for name in self.mine(whole)
@@ -261,8 +263,7 @@ class Owners:
         """Begin to send each process its rows of what the owner holds."""
         size, owned = self.world.size, parcel.owner == self.world.rank
         parts = cut([self.held[name].detach() for name in parcel.names], size) if owned else []
-        rows = [_local(self.parameters[name].detach()) for name in parcel.names]
-        flat = pack_rows(rows, self._shapes(parcel), size)
+        flat = room_for_rows(_local(self.parameters[parcel.names[0]].detach()), self._shapes(parcel), size)
         return flat, self.world.scatter(flat, parts, parcel.owner)
 
     def _shapes(self, parcel: _Parcel) -> list[torch.Size]:

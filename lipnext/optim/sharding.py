@@ -18,14 +18,12 @@ from lipnext.core.network import LipschitzNetwork
 from lipnext.core.world import World
 
 
-def find_shardable(network: nn.Module, smallest: int) -> list[str]:
+def find_shardable(network: LipschitzNetwork, smallest: int) -> list[str]:
     """Names of the parameters that only the forward pass of a layer of the body reads, from `smallest` entries on.
 
     Raises:
         ConfigError: if there is none, or training changes more of the network than its parameters and buffers.
     """
-    if not isinstance(network, LipschitzNetwork):
-        return []
     if type(network).set_progress is not LipschitzNetwork.set_progress:
         raise ConfigError(
             f"train.shard: a {type(network).__name__} changes with the progress of the training and cannot be sharded; "
@@ -84,14 +82,8 @@ def shard_parameters(network: nn.Module, names: Iterable[str], world: World) -> 
         ) from error
 
 
-def without_content(network: nn.Module) -> nn.Module:
-    """Return a copy whose parameters have shape and dtype alone."""
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in network.parameters()}
-    return copy.deepcopy(network, empty)
-
-
-def with_room(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of what `without_content` returned, with parameters of no particular value."""
+def with_room(network: nn.Module, device: torch.device | str) -> nn.Module:
+    """Return a copy with parameters of no particular value on a device; on "meta" they take no memory."""
     room = {
         id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in network.parameters()
     }
@@ -106,6 +98,11 @@ def pack_rows(tensors: Sequence[Tensor], shapes: Sequence[torch.Size], size: int
         room[: len(rows)] = rows
         packed.append(room.flatten())
     return torch.cat(packed)
+
+
+def room_for_rows(like: Tensor, shapes: Sequence[torch.Size], size: int) -> Tensor:
+    """A tensor into which what `pack_rows` returns fits, of no particular value."""
+    return like.new_empty(sum(_share(shape, size).numel() for shape in shapes))
 
 
 def unpack_rows(packed: Tensor, into: Sequence[Tensor], shapes: Sequence[torch.Size], size: int) -> None:
