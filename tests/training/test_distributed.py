@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from processes import together, values
-from tiny_runs import SHAPE, difference, experiment, log_lines, pictures
+from tiny_runs import SAME, SHAPE, assert_same_run, difference, experiment, newest_state, pictures
 
 from lipnext.core.errors import ConfigError, TrainingError
 from lipnext.core.experiment import Experiment
@@ -17,14 +17,11 @@ from lipnext.core.world import World
 from lipnext.nn.linear_residual import LinearResidual
 from lipnext.systems import build_network
 from lipnext.training import loop, saving
-from lipnext.training.checkpoint import list_checkpoints, load_checkpoint
+from lipnext.training.checkpoint import list_checkpoints
 from lipnext.training.loop import Interrupted, train
 from lipnext.training.progress import Silent
 from lipnext.training.validation import estimate_validation
 
-# Sums over a batch are added in another order: some 2^-53 of each term. Newton-Schulz raises a small singular value of
-# the momentum by 3.4445^3 * 1.875^2 = 143 at most in each of 9 steps. Observed: 2e-15.
-SAME = 1e-12
 DOUBLE = "train.precision=float64"
 PER_EPOCH, STEPS = 3, 9
 
@@ -54,18 +51,14 @@ def new(folder: Path) -> Path:
     return folder
 
 
-def newest(folder: Path, what: Experiment) -> dict[str, Any]:
-    state = load_checkpoint(list_checkpoints(folder / "checkpoints")[-1], what.digest())
-    del state["progress"]["seconds"]
-    return state
-
-
-def assert_same_run(folder: Path, other: Path, what: Experiment) -> None:
-    assert difference(newest(folder, what), newest(other, what)) < SAME
-    lines = log_lines(folder), log_lines(other)
-    for line in (*lines[0], *lines[1]):
-        del line["drift"]  # float64's roundoff itself
-    assert difference(*lines) < SAME
+def assert_same_as_one(size: int, work: Any, what: Experiment, folder: Path) -> None:
+    """`work` in several processes gives the weights, the checkpoint and the log of `run` in one."""
+    (one,) = values(together(1, run, new(folder / "one"), what))
+    several = values(together(size, work, new(folder / "several"), what))
+    for other in several:
+        assert difference(one, other) < SAME
+        assert difference(several[0], other) == 0
+    assert_same_run(folder / "one", folder / "several", what)
 
 
 EVERYTHING = ["optim.clip=0.5", "train.accumulate=2", DOUBLE]
@@ -85,13 +78,7 @@ CASES = {
     ],
 )
 def test_several_processes_train_the_network_of_one(size: int, name: str, tmp_path: Path) -> None:
-    what = CASES[name]
-    (one,) = values(together(1, run, new(tmp_path / "one"), what))
-    several = values(together(size, run, new(tmp_path / "several"), what))
-    for other in several:
-        assert difference(one, other) < SAME
-        assert difference(several[0], other) == 0
-    assert_same_run(tmp_path / "one", tmp_path / "several", what)
+    assert_same_as_one(size, run, CASES[name], tmp_path)
 
 
 @pytest.mark.dist
@@ -158,7 +145,7 @@ def test_another_number_of_processes_goes_on_as_if_nothing_had_happened(
     for step, size, number in ((2, before, signal.SIGTERM), (2, after, signal.SIGINT)):
         codes = values(together(size, stop, folder, what, step, number))
         assert codes == [128 + number] * size
-    assert newest(folder, what)["progress"]["step"] == 4
+    assert newest_state(folder, what)["progress"]["step"] == 4
     values(together(before, run, folder, what))
     assert_same_run(tmp_path / "whole", folder, what)
 
@@ -168,7 +155,7 @@ def test_another_number_of_processes_goes_on_as_if_nothing_had_happened(
 def test_a_signal_at_the_end_of_an_epoch_stops_all_too(step: int, tmp_path: Path) -> None:
     what = experiment("train.checkpoint_every=2", DOUBLE)
     assert values(together(2, stop, new(tmp_path / "run"), what, step, signal.SIGTERM)) == [143, 143]
-    assert newest(tmp_path / "run", what)["progress"]["step"] == step
+    assert newest_state(tmp_path / "run", what)["progress"]["step"] == step
 
 
 class Spoiled(loop.Objective):
@@ -198,7 +185,9 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
         f"the loss became nan at step 4 (epoch 2); the last good checkpoint is {kept};"
     )
     assert list_checkpoints(kept.parent) == [kept]
-    assert all(bool(t.isfinite().all()) for t in newest(tmp_path / "run", what)["network"]["held"].values())
+    assert all(
+        bool(t.isfinite().all()) for t in newest_state(tmp_path / "run", what)["network"]["held"].values()
+    )
 
 
 def die(world: World, folder: Path, what: Experiment, victim: int) -> float:
@@ -224,7 +213,7 @@ def test_a_killed_process_ends_the_others_and_the_checkpoint_is_intact(victim: i
     outcomes = together(2, die, new(tmp_path / "run"), what, victim)
     assert outcomes.pop(victim) == -signal.SIGKILL
     assert values(outcomes)[0] < 10
-    assert newest(tmp_path / "run", what)["progress"]["step"] == PER_EPOCH
+    assert newest_state(tmp_path / "run", what)["progress"]["step"] == PER_EPOCH
 
 
 def fill_the_disk(world: World, folder: Path, what: Experiment) -> None:

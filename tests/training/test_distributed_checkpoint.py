@@ -18,7 +18,17 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import together, values
-from tiny_runs import SHAPE, difference, experiment, log_lines, nested_state, pictures
+from tiny_runs import (
+    SAME,
+    SHAPE,
+    assert_same_run,
+    difference,
+    experiment,
+    nested_state,
+    newest_state,
+    pictures,
+    read_checkpoint,
+)
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lipnext.core.errors import BundleError, ConfigError, TrainingError
@@ -27,12 +37,11 @@ from lipnext.core.world import World
 from lipnext.optim.owner import Owners
 from lipnext.systems import build_network
 from lipnext.training import distributed_checkpoint
-from lipnext.training.checkpoint import list_checkpoints, load_checkpoint
+from lipnext.training.checkpoint import list_checkpoints
 from lipnext.training.distributed_checkpoint import BackgroundSave, open_checkpoint
 from lipnext.training.loop import Interrupted, train
 from lipnext.training.progress import Silent
 
-SAME = 1e-12  # as in test_distributed.py: the same sums in another order
 PER_EPOCH, STEPS = 3, 9
 DIGEST = "d" * 64
 
@@ -89,28 +98,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def read(path: Path, digest: str) -> dict[str, Any]:
-    if not path.is_dir():
-        return load_checkpoint(path, digest)
-    state, fetch = open_checkpoint(path, digest)
-    whole: dict[str, Any] = fetch(state)
-    return whole
-
-
-def newest(folder: Path, what: Experiment) -> dict[str, Any]:
-    state = read(list_checkpoints(folder / "checkpoints")[-1], what.digest())
-    del state["progress"]["seconds"]
-    return state
-
-
-def assert_same_run(folder: Path, other: Path, what: Experiment) -> None:
-    assert difference(newest(folder, what), newest(other, what)) < SAME
-    lines = log_lines(folder), log_lines(other)
-    for line in (*lines[0], *lines[1]):
-        del line["drift"]  # float64's roundoff itself
-    assert difference(*lines) < SAME
-
-
 # ---- the same training ------------------------------------------------------------------------------------
 
 
@@ -121,10 +108,10 @@ def test_interrupting_at_every_step_changes_no_bit(name: str, tmp_path: Path) ->
     what = background(f"optim.name={name}")
     for step in range(1, STEPS + 1):
         assert together(1, stop, tmp_path / "run", what, 1) == [143]
-        assert newest(tmp_path / "run", what)["progress"]["step"] == step
+        assert newest_state(tmp_path / "run", what)["progress"]["step"] == step
     (weights,) = together(1, run, tmp_path / "run", what)
     assert difference(reference, weights) == 0
-    assert difference(newest(tmp_path / "whole", whole), newest(tmp_path / "run", what)) == 0
+    assert difference(newest_state(tmp_path / "whole", whole), newest_state(tmp_path / "run", what)) == 0
     assert names(tmp_path / "run") == ["step-000000008", "step-000000009"]
 
 
@@ -136,7 +123,7 @@ def test_another_number_of_processes_goes_on_as_if_nothing_had_happened(
     (reference,) = values(together(1, run, tmp_path / "whole", WHAT))
     for size in (before, after):
         assert values(together(size, stop, tmp_path / "run", WHAT, 2)) == [143] * size
-    assert newest(tmp_path / "run", WHAT)["progress"]["step"] == 4
+    assert newest_state(tmp_path / "run", WHAT)["progress"]["step"] == 4
     for weights in values(together(before, run, tmp_path / "run", WHAT)):
         assert difference(reference, weights) < SAME
     assert_same_run(tmp_path / "whole", tmp_path / "run", WHAT)
@@ -221,8 +208,8 @@ def test_training_goes_on_and_the_checkpoint_is_of_the_moment_it_was_begun(size:
     paths = [list_checkpoints(tmp_path / name / "checkpoints") for name in ("run", "whole")]
     for path, other in zip(*paths, strict=True):
         state, reference = (
-            read(path, WHAT.override(["train.keep=9"]).digest()),
-            read(other, what.digest()),
+            read_checkpoint(path, WHAT.override(["train.keep=9"]).digest()),
+            read_checkpoint(other, what.digest()),
         )
         del state["progress"]["seconds"], reference["progress"]["seconds"]
         assert difference(state, reference) < SAME
@@ -299,7 +286,7 @@ def test_a_kill_before_the_rename_leaves_the_older_one_and_the_draft_goes(tmp_pa
     assert "another process of this job has ended" in str(second)
     assert names(tmp_path / "run") == ["step-000000003", "step-000000006.draft"]
     assert (tmp_path / "run" / "checkpoints" / "step-000000006.draft" / "state.json").is_file()
-    assert newest(tmp_path / "run", WHAT)["progress"]["step"] == 3
+    assert newest_state(tmp_path / "run", WHAT)["progress"]["step"] == 3
     assert together(1, stop, tmp_path / "run", WHAT, 1) == [143]
     assert names(tmp_path / "run") == ["step-000000003", "step-000000004"]
     (reference,) = together(1, run, tmp_path / "whole", WHAT)
@@ -343,7 +330,7 @@ def test_a_disk_that_is_full_ends_all_with_the_reason(
             "space or choose another --out, then run the same command again (older checkpoints are intact)"
         )
     assert names(tmp_path / "run") == ["step-000000003"]
-    assert newest(tmp_path / "run", WHAT)["progress"]["step"] == 3
+    assert newest_state(tmp_path / "run", WHAT)["progress"]["step"] == 3
 
 
 def test_a_checkpoint_that_cannot_be_written_at_a_signal_is_no_saved_one(tmp_path: Path) -> None:
@@ -381,7 +368,7 @@ def written(folder: Path, keep: int = 2, *steps: int) -> Path:
 def test_a_state_reads_back_exactly(tmp_path: Path) -> None:
     path = written(tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "step-000000007"
-    again = read(path, DIGEST)
+    again = read_checkpoint(path, DIGEST)
     assert difference(again, nested_state()) == 0
     assert list(again["a"]) == [0, 1]
     assert again["tiny"] == 5e-324
@@ -408,7 +395,7 @@ def test_the_newest_stay_and_other_files_are_not_touched(keep: int, tmp_path: Pa
 def test_a_step_that_is_saved_again_takes_the_place_of_the_former(tmp_path: Path) -> None:
     path = written(tmp_path)
     (path / "state.json").unlink()
-    assert difference(read(written(tmp_path), DIGEST), nested_state()) == 0
+    assert difference(read_checkpoint(written(tmp_path), DIGEST), nested_state()) == 0
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -420,18 +407,18 @@ def test_every_cut_and_every_changed_byte_is_noticed(tmp_path: Path) -> None:
         for length in range(0, len(whole), 11):
             file.write_bytes(whole[:length])
             with pytest.raises(BundleError, match=r"is damaged or no checkpoint|has format") as error:
-                read(path, DIGEST)
+                read_checkpoint(path, DIGEST)
             assert "\n" not in str(error.value)
         for place in range(len(whole)):
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
             try:
-                same = read(path, DIGEST)
+                same = read_checkpoint(path, DIGEST)
             except BundleError as error:
                 assert "\n" not in str(error)  # noqa: PT017
             else:  # a remark of torch in the header, or 4e-324, which reads as 5e-324
                 assert difference(same, nested_state()) == 0
         file.write_bytes(whole)
-    assert difference(read(path, DIGEST), nested_state()) == 0
+    assert difference(read_checkpoint(path, DIGEST), nested_state()) == 0
 
 
 def test_files_of_another_kind_and_other_experiments_are_refused(tmp_path: Path) -> None:
@@ -439,20 +426,20 @@ def test_files_of_another_kind_and_other_experiments_are_refused(tmp_path: Path)
     with pytest.raises(
         BundleError, match=r"belongs to another experiment \(digest dddddddddddd, asked for eeee"
     ):
-        read(path, "e" * 64)
+        read_checkpoint(path, "e" * 64)
     text = (path / "state.json").read_text()
     (path / "state.json").write_text(text.replace("checkpoint-1", "checkpoint-9"))
     with pytest.raises(
         BundleError, match="has format 'lipnext-distributed-checkpoint-9', this version reads"
     ):
-        read(path, DIGEST)
+        read_checkpoint(path, DIGEST)
     for other in ("[]", "{}", "7", ""):
         (path / "state.json").write_text(other)
         with pytest.raises(BundleError):
-            read(path, DIGEST)
+            read_checkpoint(path, DIGEST)
     (path / "state.json").unlink()
     with pytest.raises(BundleError, match="is damaged or no checkpoint"):
-        read(path, DIGEST)
+        read_checkpoint(path, DIGEST)
 
 
 @pytest.mark.dist

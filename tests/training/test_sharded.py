@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import together, values
-from test_distributed import DOUBLE, SAME, STEPS, At, assert_same_run, new, run
-from tiny_runs import SHAPE, difference, experiment, network, pictures
+from test_distributed import DOUBLE, STEPS, At, assert_same_as_one, new, run
+from tiny_runs import SAME, SHAPE, difference, experiment, network, pictures
 from torch import Tensor
 
 from lipnext.core.errors import ConfigError, TrainingError
@@ -59,13 +59,7 @@ def run_interrupted(world: World, folder: Path, what: Experiment) -> bool:
 )
 def test_sharded_processes_train_the_network_of_one(size: int, changes: list[str], tmp_path: Path) -> None:
     """8 rows over 3 processes are 3, 3 and 2: padded while they travel."""
-    what = experiment(*SHARDED, *changes)
-    (one,) = values(together(1, run, new(tmp_path / "one"), what))
-    several = values(together(size, run_sharded, new(tmp_path / "several"), what))
-    for other in several:
-        assert difference(one, other) < SAME
-        assert difference(several[0], other) == 0
-    assert_same_run(tmp_path / "one", tmp_path / "several", what)
+    assert_same_as_one(size, run_sharded, experiment(*SHARDED, *changes), tmp_path)
 
 
 @pytest.mark.dist
