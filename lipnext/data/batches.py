@@ -90,13 +90,26 @@ def batches(
         return images, labels[chosen.to(labels.device, non_blocking=True)].to(device, non_blocking=True)
 
     numbers = range(start, total)
-    return _ahead(make, numbers, prefetch, workers) if prefetch else map(make, numbers)
+    if not prefetch:
+        return map(make, numbers)
+    # Beside a training step on the same cores a second team of OpenMP threads costs both more than it brings.
+    return _ahead(make, numbers, prefetch, workers, threads=1 if device.type == "cpu" else None)
 
 
-def _ahead(make: Callable[[int], Batch], numbers: range, prefetch: int, workers: int) -> Iterator[Batch]:
-    """Yield `make(number)` in order while threads prepare the next `prefetch`, whose errors rise here."""
+def _ahead(
+    make: Callable[[int], Batch], numbers: range, prefetch: int, workers: int, threads: int | None
+) -> Iterator[Batch]:
+    """Yield `make(number)` in order while workers prepare the next `prefetch`, whose errors rise here.
+
+    `threads` is how many OpenMP threads each worker may use, None for as many as everyone.
+    """
     waiting: deque[Future[Batch]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="lipnext-batches")
+    everyone = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        workers,
+        thread_name_prefix="lipnext-batches",
+        initializer=lambda: torch.set_num_threads(threads or everyone),
+    )
     try:
         for number in numbers:
             waiting.append(pool.submit(make, number))
@@ -106,3 +119,4 @@ def _ahead(make: Callable[[int], Batch], numbers: range, prefetch: int, workers:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(everyone)  # each call sets its own thread's number and that of all threads to come

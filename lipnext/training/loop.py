@@ -109,6 +109,9 @@ def train(
     if spec.data_on_device:
         training, validation = _on_device(training, device), _on_device(validation, device)
 
+    # On the cores that train, a thread that prepares what lies in memory already would only be in the way.
+    prefetch = 0 if device.type == "cpu" and isinstance(training, Dataset) else 2
+
     # ---- what is trained, and how ------------------------------------------------------------------------
     orthogonal, euclidean = (list(kind) for kind in split_parameters(network))
     # this process keeps state for what it owns, one alone for everything
@@ -186,6 +189,7 @@ def train(
                 epoch=progress.epoch,
                 augment=augment,
                 start=progress.batch,
+                prefetch=prefetch,
                 share=world.share,
                 device=device,
             ):
