@@ -58,7 +58,15 @@ except ImportError:  # `main` says what to install
 
 FORMAT = 1
 WEIGHTS, CONFIG, CERTIFICATE = "model.safetensors", "config.json", "certificate.json"
-MODEL_DEFAULTS = {"width": 192, "depth": 8, "patch": 4, "shift": 1 / 16, "beta": 0.5, "pool": True}
+MODEL_DEFAULTS = {
+    "width": 192,
+    "depth": 8,
+    "patch": 4,
+    "shift": 1 / 16,
+    "beta": 0.5,
+    "pool": True,
+    "encoding": "position",
+}
 FORMULA = (
     "r = min_j (f_y - f_j - E[y][j]) / (lipschitz.bound * head_distances[y][j]), "
     "E = margin_error, and for deployed margin_error + ball_error[arithmetic]"
@@ -386,6 +394,8 @@ def build(config: dict[str, Any], tensors: Tensors) -> Network:
     shift, beta = number(model["shift"], f"{what}.shift", 0.25), number(model["beta"], f"{what}.beta", 1.0)
     if not isinstance(model["pool"], bool):
         raise Doubt(f"{what}.pool must be true or false, got {model['pool']!r:.40}")
+    if model["encoding"] not in ("position", "channel"):
+        raise Doubt(f"{what}.encoding must be position or channel, got {model['encoding']!r:.40}")
     if not isinstance(sides, list) or len(sides) != 3:
         raise Doubt(f"{CONFIG}: input_shape must be three whole numbers, got {sides!r:.40}")
     c, h, w = (whole(side, f"{CONFIG}: input_shape", 1, 2**16) for side in sides)
@@ -401,11 +411,12 @@ def build(config: dict[str, Any], tensors: Tensors) -> Network:
         return tensor.astype(np.float64)
 
     grid = (-(-h // s), -(-w // s))
+    columns = width if model["encoding"] == "channel" else 1
     blocks = [
         Block(
             rotation=take(f"body.{i}.rotation", width, width),
             product=take(f"body.{i}.product", width, width),
-            position=take(f"body.{i}.position", *grid, 1),
+            position=take(f"body.{i}.position", *grid, columns),
             bias=take(f"body.{i}.bias", width),
         )
         for i in range(2, depth + 2)
@@ -562,7 +573,8 @@ def rounding_errors(
     size = largest_radius(network) / 2 + reach  # of x - 1/2: the entries are at most 1/2 for an image
     error = unit * size
     for block, (rotation_norm, product_norm) in zip(network.blocks, norms, strict=True):
-        size += math.sqrt(channels) * float(np.linalg.norm(block.position))
+        repeats = channels // block.position.shape[-1]
+        size += math.sqrt(repeats) * float(np.linalg.norm(block.position))
         error += unit * (size + error)
         terms = absolute_norm(block.rotation) * (size + error)
         error = rotation_norm * error + gamma(channels, unit) * terms + tiny

@@ -153,6 +153,7 @@ def test_the_digits_bundle_is_accepted(tmp_path: Path, capsys: pytest.CaptureFix
         ((1, 5, 4), {"width": 8, "depth": 1, "patch": 1, "shift": 0.25, "beta": 1}),
         ((2, 3, 3), {"width": 32, "depth": 3, "patch": 4, "shift": 0, "beta": 0.0}),
         ((1, 5, 4), {"width": 8, "depth": 2, "patch": 2, "shift": 0.25, "pool": False}),
+        ((1, 5, 4), {"width": 8, "depth": 2, "patch": 2, "encoding": "channel"}),
     ],
 )
 def test_other_architectures_are_accepted(
@@ -372,7 +373,13 @@ def exact_logits(network: verify.Network, image: np.ndarray) -> list[arb]:
             tokens[y, x] = token
     for block in network.blocks:
         turned = {
-            (y, x): apply(block.rotation, [v + float(block.position[y, x, 0]) for v in token])
+            (y, x): apply(
+                block.rotation,
+                [
+                    v + float(p)
+                    for v, p in zip(token, np.broadcast_to(block.position[y, x], len(token)), strict=True)
+                ],
+            )
             for (y, x), token in tokens.items()
         }
         g = network.group
@@ -536,6 +543,11 @@ def test_false_certificates(
         (lambda c: c["experiment"]["model"].update(depth=10**9), "model.depth must be a whole number"),
         (lambda c: c["experiment"]["model"].update(depth=10**6), "10 tensors do not fit depth 1000000"),
         (lambda c: c["experiment"]["model"].update(depth=2.0), "model.depth must be a whole number"),
+        (lambda c: c["experiment"]["model"].update(encoding="pixel"), "encoding must be position or channel"),
+        (
+            lambda c: c["experiment"]["model"].update(encoding="channel"),
+            "body.2.position must be a tensor of shape (4, 4, 16)",
+        ),
         (lambda c: c["experiment"]["model"].update(patch=True), "model.patch must be a whole number"),
         (
             lambda c: c["experiment"]["model"].update(patch=3),

@@ -119,4 +119,6 @@ def _ahead(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(everyone)  # each call sets its own thread's number and that of all threads to come
+        torch.set_num_threads(
+            everyone
+        )  # each call sets its own thread's number and that of all threads to come

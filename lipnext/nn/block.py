@@ -28,14 +28,15 @@ from lipnext.nn.triton_dispatch import usable
 class ShiftBlock(Reversible):
     """`Z = act(M R^T shift(R (X + p)) + b)` on tokens `(B, H, W, C)` (LipNeXt, block equation).
 
-    Parameters: `rotation` R and `mixing` M, orthogonal `C x C`; `position` p, shape `(H, W, 1)`; `bias` b, shape `(C,)`. A
-    materialised block stores `product` = M R^T in place of `mixing`.
+    Parameters: `rotation` R and `mixing` M, orthogonal `C x C`; `position` p, shape `(H, W, 1)` or `(H, W, C)`; `bias` b,
+    shape `(C,)`. A materialised block stores `product` = M R^T in place of `mixing`.
 
     Args:
         channels: width C.
         grid: positions `(H, W)`.
         group: channels shifted each way, at most C / 4.
         folded: channels that beta-Abs folds, at most C.
+        each: learn a number for each channel of a position in p, instead of one for all of them as published.
         generator: source of randomness for the Haar start of `rotation`; `mixing` starts equal to it, so
             that the block starts as shift and fold in a rotated basis.
     """
@@ -49,6 +50,7 @@ class ShiftBlock(Reversible):
         *,
         group: int,
         folded: int,
+        each: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class ShiftBlock(Reversible):
         self.rotation = nn.Parameter(haar(channels, generator=generator, dtype=torch.get_default_dtype()))
         self.mixing: nn.Parameter | None = nn.Parameter(self.rotation.detach().clone())
         self.product: nn.Parameter | None = None
-        self.position = nn.Parameter(torch.zeros(*grid, 1))
+        self.position = nn.Parameter(torch.zeros(*grid, channels if each else 1))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class ShiftBlock(Reversible):
         shift_(gu.view(shape), self.group, -1)
         x = u @ _undone(rotation)
         del u
-        gx, grotation, gposition = below_rotation(gu, x, rotation, shape)
+        gx, grotation, gposition = below_rotation(gu, x, rotation, shape, weights["position"].shape[-1])
         gradients = {"rotation": grotation, "product": gproduct, "position": gposition, "bias": gbias}
         gradients = {name: value.to(stored) for name, value in gradients.items()}
         if "mixing" in weights:
@@ -144,7 +146,7 @@ class ShiftBlock(Reversible):
         """The block as a chain of elementary layers with the same weights; what bounds and rounding are derived from."""
         block = self.materialise()
         assert block.product is not None
-        position = PositionalEncoding(*self.grid, self.channels)
+        position = PositionalEncoding(*self.grid, self.channels, each=self.position.shape[-1] > 1)
         position.weight = block.position
         # identity: no random start, which would advance the global generator
         rotation, mixing = OrthogonalMixing(1, identity=True), OrthogonalMixing(1, identity=True)
@@ -217,13 +219,13 @@ def _below_product(gv: Tensor, u: Tensor, product: Tensor) -> tuple[Tensor, Tens
 
 
 def below_rotation(
-    gu: Tensor, x: Tensor, rotation: Tensor, shape: torch.Size
+    gu: Tensor, x: Tensor, rotation: Tensor, shape: torch.Size, columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the tokens, of the rotation and of the position; `gu` is shifted back already."""
+    """Gradients of the tokens, of the rotation and of the position, `(H, W, columns)`; `gu` is shifted back already."""
     gx = (gu @ rotation).view(shape)
-    # The sum of gx over channels, as one matrix-vector product instead of a pass over gx.
-    gposition = (gu @ rotation.sum(1)).view(shape[:3]).sum(0).unsqueeze(-1)
-    return gx, gu.mT @ x, gposition
+    # For one column the sum of gx over channels, as one matrix-vector product instead of a pass over gx.
+    each = gx if columns > 1 else (gu @ rotation.sum(1)).view(*shape[:3], 1)
+    return gx, gu.mT @ x, each.sum(0)
 
 
 class _ShiftBlockFunction(Function):
@@ -251,7 +253,7 @@ class _ShiftBlockFunction(Function):
         v[:, :folded].abs_()
         # The gradients of the weights alone need the first two.
         ctx.save_for_backward(*((None, None) if ctx.frozen else (x, u)), rotation, product, slope)
-        ctx.shape, ctx.group, ctx.folded = tokens.shape, group, folded
+        ctx.shape, ctx.columns, ctx.group, ctx.folded = tokens.shape, position.shape[-1], group, folded
         return v.view(tokens.shape)
 
     @staticmethod
@@ -267,5 +269,5 @@ class _ShiftBlockFunction(Function):
             return (gu @ rotation).view(shape), None, None, None, None, None, None
         gu, gproduct, gbias = _below_product(gv, u, product)
         shift_(gu.view(shape), ctx.group, -1)
-        gx, grotation, gposition = below_rotation(gu, x, rotation, shape)
+        gx, grotation, gposition = below_rotation(gu, x, rotation, shape, ctx.columns)
         return gx, gposition, grotation, gproduct, gbias, None, None

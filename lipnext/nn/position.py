@@ -36,15 +36,22 @@ class Centre(LipschitzModule):
 
 
 class PositionalEncoding(LipschitzModule):
-    """`X + p` with one learned number per position, `p` of shape `(H, W, 1)`; tokens are `(B, H, W, C)`."""
+    """`X + p` on tokens `(B, H, W, C)`, `p` of shape `(H, W, 1)` as published, or `(H, W, C)`.
 
-    def __init__(self, height: int, width: int, channels: int) -> None:
+    Args:
+        height: H.
+        width: W.
+        channels: C.
+        each: learn a number for each channel of a position instead of one for all of them.
+    """
+
+    def __init__(self, height: int, width: int, channels: int, *, each: bool = False) -> None:
         super().__init__()
         self.channels = channels
-        self.weight = nn.Parameter(torch.zeros(height, width, 1))
+        self.weight = nn.Parameter(torch.zeros(height, width, channels if each else 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Add the encoding to every channel."""
+        """Add the encoding."""
         return tokens + self.weight
 
     def lipschitz_bound(self) -> LipschitzBound:
@@ -52,8 +59,8 @@ class PositionalEncoding(LipschitzModule):
         return LipschitzBound(value=1.0, norm=2.0, proof="translation")
 
     def rounding(self, state: RoundingState) -> RoundingState:
-        """One addition; the encoding repeats in every channel, so its norm is `sqrt(C) ||p||`."""
-        return after_addition(state, norm_up(self.weight, copies=self.channels))
+        """One addition; one number for all channels counts in each, so the encoding's norm is `sqrt(C) ||p||` then."""
+        return after_addition(state, norm_up(self.weight, copies=self.channels // self.weight.shape[-1]))
 
 
 class ChannelBias(LipschitzModule):

@@ -50,7 +50,7 @@ class ShiftBlockFunction(Function):
         v = torch.addmm(bias, u, product.mT)
         slope = fold_(v, folded)
         ctx.save_for_backward(x, u, rotation, product, slope)
-        ctx.shape, ctx.group = shape, group
+        ctx.shape, ctx.columns, ctx.group = shape, position.shape[-1], group
         return v.view(shape)
 
     @staticmethod
@@ -61,7 +61,7 @@ class ShiftBlockFunction(Function):
         gv, gbias = unfolded(grad.reshape(-1, ctx.shape[-1]), slope)
         gu, gproduct = gv @ product, gv.mT @ u
         shift_(gu.view(ctx.shape), ctx.group, -1)
-        gx, grotation, gposition = below_rotation(gu, x, rotation, ctx.shape)
+        gx, grotation, gposition = below_rotation(gu, x, rotation, ctx.shape, ctx.columns)
         return gx, gposition, grotation, gproduct, gbias, None, None
 
 

@@ -27,6 +27,8 @@ from lipnext.nn.pool import L2Pool, SpaceToDepth, patch_grid
 from lipnext.nn.position import Centre
 from lipnext.nn.reshape import Flatten
 
+ENCODINGS = ("position", "channel")
+
 
 def build(
     *,
@@ -38,6 +40,7 @@ def build(
     shift: float = 1 / 16,
     beta: float = 0.5,
     pool: bool = True,
+    encoding: str = "position",
     seed: int = 0,
 ) -> LipschitzNetwork:
     """Build the network `centre -> space-to-depth -> depth blocks -> L2 pooling or none -> unit-row head`.
@@ -52,6 +55,8 @@ def build(
         beta: fraction of the channels that beta-Abs folds, `0 <= beta <= 1`.
         pool: L2 pooling over all positions, as published. Without it the head sees every position, which suits small images,
             where the place of a feature says much.
+        encoding: what each block adds: "position", one learned number a position, as published, or "channel", one for each
+            channel of each position.
         seed: of the initial weights.
 
     Raises:
@@ -64,9 +69,18 @@ def build(
     grid = patch_grid(input_shape, patch, width)
     if not 0 <= shift <= 0.25 or not 0 <= beta <= 1:
         raise ConfigError(f"model: shift must lie in [0, 1/4] and beta in [0, 1], got {shift} and {beta}")
+    if encoding not in ENCODINGS:
+        raise ConfigError(f"model.encoding: must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
     generator = torch.Generator().manual_seed(seed)
     blocks = [
-        ShiftBlock(width, grid, group=int(shift * width), folded=int(beta * width), generator=generator)
+        ShiftBlock(
+            width,
+            grid,
+            group=int(shift * width),
+            folded=int(beta * width),
+            each=encoding == "channel",
+            generator=generator,
+        )
         for _ in range(depth)
     ]
     positions = math.prod(grid)
@@ -259,7 +273,7 @@ def imagenet_2b() -> Experiment:
     return _recipe("imagenet-2b", "imagenet-2b", data, epochs=400, crop=16, ramp_to=2.0)
 
 
-PRESETS: dict[str, dict[str, int | float]] = {
+PRESETS: dict[str, dict[str, int | float | str]] = {
     "tiny": {"width": 16, "depth": 2, "patch": 2, "shift": 0.125},
     "digits": {"width": 64, "depth": 4, "patch": 4, "shift": 0.125},
     "fashion-mnist-cpu": {"width": 192, "depth": 6, "patch": 7, "shift": 0.0625, "pool": False},

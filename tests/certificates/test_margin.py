@@ -57,14 +57,16 @@ def _linear(rows: Tensor, bias: Tensor, *before: LipschitzModule) -> LipschitzNe
     return LipschitzNetwork([*before, Flatten()], _stored(rows, bias), (1, 1, rows.shape[1]))
 
 
-def _net(dtype: torch.dtype = torch.float32, seed: int = 0) -> LipschitzNetwork:
+def _net(dtype: torch.dtype = torch.float32, seed: int = 0, encoding: str = "position") -> LipschitzNetwork:
     """A small LipNeXt with every weight away from its start."""
-    net = build(input_shape=(1, 4, 4), classes=4, width=8, depth=2, patch=2, shift=0.125, seed=seed).to(dtype)
+    net = build(
+        input_shape=(1, 4, 4), classes=4, width=8, depth=2, patch=2, shift=0.125, encoding=encoding, seed=seed
+    ).to(dtype)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for k, block in enumerate(net.body[2:4]):
             block.mixing.copy_(rotations(n=8, seed=10 * seed + k))
-            block.position.copy_(0.3 * torch.randn(2, 2, 1, generator=g))
+            block.position.copy_(0.3 * torch.randn(block.position.shape, generator=g))
             block.bias.copy_(0.3 * torch.randn(8, generator=g))
         net.head.bias.copy_(0.1 * torch.randn(4, generator=g))
     return net
@@ -213,9 +215,10 @@ def test_a_deep_network_against_exact_arithmetic(seed):
 
 @pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="needs an 80-bit long double as reference")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_slack_covers_the_error_of_float64_and_the_radius_the_definition(dtype):
+@pytest.mark.parametrize("encoding", ["position", "channel"])
+def test_the_slack_covers_the_error_of_float64_and_the_radius_the_definition(encoding, dtype):
     """The whole network, L2 pooling included, against 64-bit mantissas."""
-    certifier = MarginCertifier(_net(dtype))
+    certifier = MarginCertifier(_net(dtype, encoding=encoding))
     images = _images(16, dtype)
     cert = certifier(images)
     net = certifier.network

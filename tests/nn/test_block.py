@@ -12,13 +12,15 @@ from lipnext.nn.block import ShiftBlock
 PARAMETERS = ("rotation", "mixing", "position", "bias")
 
 
-def _block(channels: int, grid: tuple[int, int], group: int, folded: int, seed: int = 0) -> ShiftBlock:
+def _block(
+    channels: int, grid: tuple[int, int], group: int, folded: int, seed: int = 0, each: bool = False
+) -> ShiftBlock:
     """A block with every weight away from its start."""
     generator = torch.Generator().manual_seed(seed)
-    block = ShiftBlock(channels, grid, group=group, folded=folded, generator=generator)
+    block = ShiftBlock(channels, grid, group=group, folded=folded, each=each, generator=generator)
     with torch.no_grad():
         block.mixing.copy_(rotations(n=channels, seed=seed))
-        block.position.copy_(torch.randn(*grid, 1, generator=generator))
+        block.position.copy_(torch.randn(block.position.shape, generator=generator))
         block.bias.copy_(0.3 * torch.randn(channels, generator=generator))
     return block
 
@@ -55,12 +57,13 @@ shapes = st.tuples(
     st.floats(0, 1),  # share folded
     st.integers(1, 3),  # batch
     st.integers(0, 999),
+    st.booleans(),  # a number for each channel of a position
 )
 
 
 def _drawn(shape) -> tuple[ShiftBlock, Tensor]:
-    channels, grid, group, folded, batch, seed = shape
-    block = _block(channels, grid, int(group * (channels // 4)), int(folded * channels), seed)
+    channels, grid, group, folded, batch, seed, each = shape
+    block = _block(channels, grid, int(group * (channels // 4)), int(folded * channels), seed, each)
     return block, _tokens(block, batch, seed)
 
 

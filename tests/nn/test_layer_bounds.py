@@ -38,6 +38,7 @@ CASES = {
     "centre": Case(lambda: Centre((2, 3, 4)), (2, 3, 4)),
     "space-to-depth": Case(lambda: SpaceToDepth(2, 16), (3, 5, 4), exact=True),
     "position": Case(lambda: PositionalEncoding(3, 4, 8), TOKENS),
+    "position-each": Case(lambda: PositionalEncoding(3, 4, 8, each=True), TOKENS),
     "bias": Case(lambda: ChannelBias(8, 12), TOKENS),
     "mixing": Case(lambda: OrthogonalMixing(8), TOKENS),
     "shift": Case(lambda: CircularShift(8, 2), TOKENS, exact=True),
@@ -46,6 +47,7 @@ CASES = {
     "head": Case(lambda: UnitRowHead(8, 5), (8,)),
     "block": Case(lambda: ShiftBlock(8, (3, 4), group=1, folded=4), TOKENS),
     "block-materialised": Case(lambda: ShiftBlock(8, (3, 4), group=2, folded=8).materialise(), TOKENS),
+    "block-each": Case(lambda: ShiftBlock(8, (3, 4), group=1, folded=4, each=True), TOKENS),
     "block-plain": Case(lambda: ShiftBlock(8, (3, 4), group=0, folded=0), TOKENS),
 }
 

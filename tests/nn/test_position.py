@@ -21,14 +21,24 @@ def test_translations_add_what_they_say():
     assert torch.equal(Centre((3, 4, 4))(images), images - 0.5)
 
 
+def test_each_channel_of_a_position_may_have_its_own_number():
+    encoding = PositionalEncoding(3, 4, 5, each=True)
+    with torch.no_grad():
+        encoding.weight.copy_(torch.randn(3, 4, 5))
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(encoding(x), x + encoding.weight)
+
+
 def test_norms_count_every_copy_of_the_constant():
     encoding, bias = PositionalEncoding(3, 4, 5), ChannelBias(5, 12)
+    each = PositionalEncoding(3, 4, 5, each=True)
     with torch.no_grad():
+        each.weight.fill_(1.0)
         encoding.weight.fill_(1.0)
         bias.weight.fill_(1.0)
     zero = RoundingState(norm=0.0, error=0.0, unit=2.0**-53)
     whole = torch.ones(3, 4, 5).norm().item()
     centre = Centre((3, 4, 5))
     assert whole / 2 <= centre.rounding(zero).norm <= whole / 2 * (1 + 1e-14)
-    for layer in (encoding, bias):
+    for layer in (encoding, each, bias):
         assert whole <= layer.rounding(zero).norm <= whole * (1 + 1e-14)

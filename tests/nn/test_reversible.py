@@ -16,13 +16,20 @@ def chain(depth: int, channels: int, dtype: torch.dtype, drift: float = 0.0) -> 
     rng = torch.Generator().manual_seed(depth)
     blocks = nn.ModuleList()
     for number in range(depth):
-        block = ShiftBlock(channels, (2, 3), group=channels // 8, folded=channels // 2 + 1, generator=rng)
+        block = ShiftBlock(
+            channels,
+            (2, 3),
+            group=channels // 8,
+            folded=channels // 2 + 1,
+            each=number % 2 == 1,
+            generator=rng,
+        )
         with torch.no_grad():
             block.mixing.copy_(rotations(n=channels, seed=number))
             for weight in (block.mixing, block.rotation):
                 noise = torch.randn(channels, channels, generator=rng, dtype=weight.dtype)
                 weight.add_(drift * noise / channels**0.5)
-            block.position.copy_(torch.randn(2, 3, 1, generator=rng, dtype=torch.float64) / 10)
+            block.position.copy_(torch.randn(block.position.shape, generator=rng, dtype=torch.float64) / 10)
             block.bias.copy_(torch.randn(channels, generator=rng, dtype=torch.float64) / 10)
         blocks.append(block)
     return blocks.to(dtype)

@@ -81,8 +81,9 @@ def step(block: ShiftBlock, tokens: Tensor, dy: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("each", [False, True])
 def test_a_block_in_training_is_the_plain_block_and_nothing_else_is_touched(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, each: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[torch.dtype, ...]] = []
 
@@ -90,9 +91,11 @@ def test_a_block_in_training_is_the_plain_block_and_nothing_else_is_touched(
         asked.append(dtypes)
         return x.dtype in dtypes
 
-    block = ShiftBlock(9, (3, 4), group=2, folded=5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    block = ShiftBlock(
+        9, (3, 4), group=2, folded=5, each=each, generator=torch.Generator().manual_seed(1)
+    ).to(dtype)
     with torch.no_grad():
-        block.position.copy_(random(3, 4, 1, seed=2))
+        block.position.copy_(random(*block.position.shape, seed=2))
         block.bias.copy_(random(9, seed=3))
     tokens, dy = random(2, 3, 4, 9, seed=4, dtype=dtype), random(2, 3, 4, 9, seed=5, dtype=dtype)
     plain = step(block, tokens, dy)
