@@ -8,6 +8,7 @@ A table stands between `<!-- table NAME -->` and `<!-- /table -->`.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -530,26 +531,36 @@ def clarke_table() -> str:
 
 
 def votes_table() -> str:
-    """Certified accuracy by votes, rounded down."""
-    rows = [run for document in load("smoothing*.json") for run in document["runs"]]
-    lines = [
-        "| experiment | epochs | minutes | clean | "
-        + " | ".join(f"certified {eps}" for eps in rows[0]["cra"])
-        + " | ACR | abstained | of | votes | alpha |",
-        "|" + "---|" * (9 + len(rows[0]["cra"])),
-    ]
-    for r in rows:
-        cells = [
-            f"`{r['experiment']}`",
-            str(r["epochs"]),
-            f"{r['minutes']:.1f}",
-            *(floor(found) for found in (r["clean"], *r["cra"].values(), r["acr"])),
-            str(r["abstained"]),
-            str(r["n"]),
-            f"{r['votes']:,}",
-            str(r["alpha"]),
+    """Certified accuracy by votes, rounded down, and intervals of the differences to the first row, rounded outwards."""
+    lines = []
+    for document in load("smoothing.json"):
+        (table,) = document["tables"]
+        columns = list(table["rows"][0]["cra"])
+        lines += [
+            "| experiment | seeds | epochs | minutes | clean | "
+            + " | ".join(f"certified {eps}" for eps in columns)
+            + " | ACR | votes | alpha |",
+            "|" + "---|" * (8 + len(columns)),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        for r in table["rows"]:
+            cells = [
+                f"`{r['name']}`",
+                str(len(r["seeds"])),
+                str(r["epochs"]),
+                f"{r['minutes']:.1f}",
+                *(floor(found) for found in (r["clean"], *r["cra"].values(), r["acr"])),
+                f"{r['votes']:,}",
+                f"{r['alpha']:g}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        for r in table["rows"][1:]:
+            between = [
+                f"{math.floor(1000 * low) / 1000:+.3f} to {math.ceil(1000 * high) / 1000:+.3f}"
+                for low, high in (r["difference"][key] for key in ("clean", *columns, "acr"))
+            ]
+            lines.append(
+                f"| less that of `{table['difference_to']}` | | | | " + " | ".join(between) + " | | |"
+            )
     return "\n".join(lines)
 
 
