@@ -38,9 +38,9 @@ BASE = {
     "cifar10": (
         "cifar10-cpu",
         {
-            "model.width": 256,
+            "model.width": 128,
             "model.depth": 6,
-            "model.patch": 8,
+            "model.patch": 4,
             "model.pool": False,
             "optim.lr": 0.012,
             "optim.euclidean_lr": 0.003,
@@ -86,10 +86,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "average 0.99": {"train.ema": 0.99},
     "batch 128": {"train.batch_size": 128},
     "batch 512": {"train.batch_size": 512},
+    "no flip": {"augment.flip": False},
     "crop 1": {"augment.crop": 1},
     "cutout 6": {"augment.cutout": 6},
     "RandAugment": {"augment.randaugment": 0.5},
     "pooled": {"model.pool": True},
+    "encoding a channel": {"model.encoding": "channel"},
+    "encoding a channel, no flip": {"model.encoding": "channel", "augment.flip": False},
+    "patch 4, width 128": {"model.patch": 4, "model.width": 128},
 }
 
 
