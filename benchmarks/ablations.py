@@ -87,6 +87,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "batch 128": {"train.batch_size": 128},
     "batch 512": {"train.batch_size": 512},
     "no flip": {"augment.flip": False},
+    "no crop": {"augment.crop": 0},
     "crop 1": {"augment.crop": 1},
     "cutout 6": {"augment.cutout": 6},
     "RandAugment": {"augment.randaugment": 0.5},

@@ -72,14 +72,18 @@ def load(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
 
 
-def optimizers_table() -> str:
+def optimizers_table(name: str) -> str:
     """Adam against Muon: the rate chosen on validation, then test figures of each seed."""
-    lines = ["| data | optimiser | rate | seed | clean | CRA 36/255 | CRA 108/255 | ACR |", "|" + "---|" * 8]
-    for document in load("optimizers.json"):
+    lines = [
+        "| data | optimiser | epochs | rate | seed | clean | CRA 36/255 | CRA 108/255 | ACR |",
+        "|" + "---|" * 9,
+    ]
+    for document in load(name):
         for data in ("fashion-mnist", "cifar10"):
             for r in document[data]["final"]:
                 figures = (r["clean"], r["cra"]["36/255"], r["cra"]["108/255"], r["acr"])
-                cells = [data, r["optimizer"], f"{r['lr']:g}", str(r["seed"]), *(floor(f) for f in figures)]
+                run = [data, r["optimizer"], str(r["epochs"]), f"{r['lr']:g}", str(r["seed"])]
+                cells = [*run, *(floor(f) for f in figures)]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -575,7 +579,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations_fashion": lambda: ablations_table("fashion-mnist"),
     "ablations_cifar10": lambda: ablations_table("cifar10"),
     "results": results_table,
-    "optimizers": optimizers_table,
+    "optimizers": lambda: optimizers_table("optimizers.json"),
+    "optimizers_unequal": lambda: optimizers_table("optimizers-unequal.json"),
     "tuning": tuning_table,
     "temperature": temperature_table,
     "speed": speed_table,
