@@ -384,8 +384,6 @@ def ablations_table(dataset: str) -> str:
         for path in sorted((RESULTS / "ablations" / dataset).glob("*.jsonl"))
     ]
     rows = {log[0]["setting"]: (log[0]["options"], log[-1]) for log in logs}
-    if "base" not in rows:
-        return "(not run yet)"
     options, _ = rows["base"]
     lines = [
         "| setting | what differs from the base | clean | "
