@@ -104,6 +104,26 @@ def test_leaving_early_ends_the_threads() -> None:
     assert not any(thread.name.startswith("lipnext-batches") for thread in threading.enumerate())
 
 
+def test_workers_on_a_cpu_take_one_thread_and_leave_the_others_theirs() -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def note(images: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return images
+
+    torch.set_num_threads(3)
+    try:
+        list(batches(numbered(), 2, seed=0, epoch=0, augment=note, prefetch=2))
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 3
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen[-1] == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_at_most_prefetch_batches_wait() -> None:
     made = []
 
