@@ -119,6 +119,5 @@ def _ahead(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(
-            everyone
-        )  # each call sets its own thread's number and that of all threads to come
+        # Each call sets the number of its own thread, and that of all threads to come.
+        torch.set_num_threads(everyone)
