@@ -208,11 +208,12 @@ def test_the_optimisers_are_tuned_by_validation_alone(
 
         return run
 
+    epochs = {"adam": 2, "muon": 1}
     documents = []
     for test in (1.0, -1.0):
         monkeypatch.setattr(optimizers, "run", found(test))
         with ThreadPoolExecutor(1) as pool:
-            documents.append(optimizers.compare("digits", "unused", 1, tmp_path, pool))
+            documents.append(optimizers.compare("digits", "unused", epochs, tmp_path, pool))
     assert documents[0]["chosen"] == documents[1]["chosen"]
     assert documents[0]["chosen"] == {name: min(rates) for name, rates in optimizers.GRID.items()}
     assert documents[0]["tuning"] == documents[1]["tuning"]
