@@ -51,7 +51,8 @@ def main() -> None:
     for name, row in zip(args.experiments, table["rows"], strict=True):
         model = runs.resolve(name).model
         alpha = float(model.get("alpha", 1e-3))
-        wrong = wrong_radii_up(document["n"], alpha, RHO) / document["n"]
+        # Of each seed, such that all of them together are wrong with probability RHO at most.
+        wrong = wrong_radii_up(document["n"], alpha, RHO / args.seeds) / document["n"]
         row |= {
             "model": model,
             "votes": model.get("samples", 10_000),

@@ -161,7 +161,13 @@ def train(
         """What is looked at and kept."""
         chosen = _averaged(cast(LipschitzNetwork, owners.whole_network()), average, owners)
         again = batches(
-            training, spec.batch_size, seed=experiment.seed, epoch=0, augment=augment, device=device
+            training,
+            spec.batch_size,
+            seed=experiment.seed,
+            epoch=0,
+            augment=augment,
+            prefetch=prefetch,
+            device=device,
         )
         chosen.finalise(images for images, _ in again)
         return chosen
