@@ -21,12 +21,17 @@ def cross_entropy(
     offset: float = 0.0,
     annealing: float = 0.0,
     smoothing: float = 0.0,
+    power: float = 0.0,
+    share: float = 1.0,
 ) -> Tensor:
-    """Cross-entropy with temperature, margin offset and logit annealing.
+    """Cross-entropy with temperature, margin offset and logit annealing, or one power of the error in its place.
 
     With `p = softmax((z - offset * onehot_y) / T)` the loss of a sample is `-T (1 - p_y)^annealing log p_y`:
     offset cross-entropy (Prach & Lampert 2022) for `annealing = 0`, the logit-annealing loss of BRONet (ICML 2025) otherwise.
-    The factor T keeps the size of gradients.
+    The factor T keeps the size of gradients. Cross-entropy is the sum of `(1 - p_y)^k / k` over k = 1, 2, ...; with
+    `power = k` the loss is `T` times that one term, which is bounded: a sample that is hopelessly wrong pulls as little as one
+    that is safely right, so that a network of limited capacity spends it on those near the boundary. The full series is what
+    Feng et al. (2020) cut off after its first terms.
 
     Args:
         logits: `(B, K)`.
@@ -36,10 +41,18 @@ def cross_entropy(
         offset: the margin that the right logit is asked to have in advance.
         annealing: exponent that fades out samples which are already right.
         smoothing: label smoothing; needs `annealing = 0`.
+        power: k > 0 of the term that takes the place of cross-entropy; 0 keeps cross-entropy. Needs no annealing, no smoothing.
+        share: of the loss that the term makes up, in [0, 1]; the rest is cross-entropy. From random weights the term alone
+            hardly moves, so training begins without it.
 
     Raises:
-        ConfigError: if both smoothing and annealing are asked for.
+        ConfigError: if two of annealing, smoothing and power are asked for.
     """
+    if power and (annealing or smoothing):
+        raise ConfigError(
+            f"loss: power ({power:g}) cannot be combined with annealing ({annealing:g}) or smoothing ({smoothing:g}); "
+            "set it or both of them to 0"
+        )
     if annealing and smoothing:
         raise ConfigError(
             f"loss: smoothing ({smoothing:g}) and annealing ({annealing:g}) cannot be combined; "
@@ -48,12 +61,13 @@ def cross_entropy(
     if offset:
         logits = logits - offset * _is_label(labels, logits).to(logits.dtype)
     scaled = logits / temperature
+    if power and share:
+        log_p = _log_p(scaled, labels)
+        return temperature * (share * _wrong(log_p) ** power / power - (1 - share) * log_p).mean()
     if not annealing:
         return temperature * functional.cross_entropy(scaled, labels, label_smoothing=smoothing)
-    log_p = functional.log_softmax(scaled, dim=1).gather(1, labels[:, None]).squeeze(1)
-    # 1 - p without cancellation; the floor keeps the slope of a power below 1 finite where p is 1
-    weight = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny) ** annealing
-    return -temperature * (weight * log_p).mean()
+    log_p = _log_p(scaled, labels)
+    return -temperature * (_wrong(log_p) ** annealing * log_p).mean()
 
 
 def emma(logits: Tensor, labels: Tensor, distances: Tensor, radius: float) -> Tensor:
@@ -128,6 +142,16 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     right = logits.gather(1, labels[:, None]).squeeze(1)
     rivals = logits.scatter(1, labels[:, None], float("-inf"))
     return right - rivals.max(dim=1).values
+
+
+def _log_p(scaled: Tensor, labels: Tensor) -> Tensor:
+    """`log p_y`, shape `(B,)`."""
+    return functional.log_softmax(scaled, dim=1).gather(1, labels[:, None]).squeeze(1)
+
+
+def _wrong(log_p: Tensor) -> Tensor:
+    """`1 - p` without cancellation; the floor keeps the slope of a power below 1 finite where p is 1."""
+    return (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
 
 
 def _is_label(labels: Tensor, logits: Tensor) -> Tensor:

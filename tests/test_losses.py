@@ -95,6 +95,60 @@ def test_smoothing_with_annealing_is_refused():
         cross_entropy(logits, labels, annealing=5.0, smoothing=0.1)
 
 
+def test_the_powers_add_up_to_cross_entropy():
+    """`-log p = sum (1 - p)^k / k`; 2,000 terms, of which the next is below `0.99^2000 / 2000` where p is above 0.01."""
+    logits, labels, _ = _data(scale=1.0)
+    assert (p := torch.softmax(logits / 0.5, 1).gather(1, labels[:, None])).min() > 0.01
+    logits = logits.double()
+    total = sum(cross_entropy(logits, labels, temperature=0.5, power=k).item() for k in range(1, 2001))
+    assert total == pytest.approx(cross_entropy(logits, labels, temperature=0.5).item(), rel=1e-8), p.min()
+
+
+@given(
+    seed=st.integers(0, 999),
+    temperature=st.floats(0.05, 4),
+    offset=st.floats(0, 3),
+    power=st.sampled_from([0.5, 1.0, 2.0, 3.0]),
+    share=st.floats(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_power_takes_its_share_of_the_loss(seed, temperature, offset, power, share):
+    logits, labels, _ = _data(seed=seed)
+    options = {"temperature": temperature, "offset": offset}
+    value = cross_entropy(logits.double(), labels, power=power, share=share, **options)
+    p = torch.softmax((logits.double() - offset * functional.one_hot(labels, 4)) / temperature, 1)
+    p = p.gather(1, labels[:, None]).squeeze(1)
+    term = temperature * ((1 - p) ** power / power).mean().item()
+    slow = share * term + (1 - share) * cross_entropy(logits.double(), labels, **options).item()
+    # the slow 1 - p cancels where p is near 1: 1e-16 to the power of 1/2
+    assert value.item() == pytest.approx(slow, rel=1e-9, abs=1e-7)
+
+
+def test_what_is_hopeless_pulls_at_a_power_as_little_as_what_is_safe():
+    labels = torch.tensor([0, 0, 0])
+    logits = torch.tensor([[-8.0, 0.0], [0.5, 0.0], [8.0, 0.0]], requires_grad=True)
+    cross_entropy(logits, labels, power=2.0).backward()
+    pull = logits.grad.norm(dim=1)
+    assert pull[0] < 0.01 * pull[1]
+    assert pull[2] < 0.01 * pull[1]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_saturated_probabilities_have_finite_gradients_with_a_power(power):
+    logits = torch.tensor([[1e4, 0.0], [0.0, 1e4], [40.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    loss = cross_entropy(logits, torch.zeros(4, dtype=torch.int64), temperature=0.1, power=power, share=0.5)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("other", ["annealing", "smoothing"])
+def test_a_power_with_annealing_or_smoothing_is_refused(other):
+    logits, labels, _ = _data()
+    with pytest.raises(ConfigError, match=r"loss: power \(2\) cannot be combined"):
+        cross_entropy(logits, labels, power=2.0, share=0.0, **{other: 0.1})
+
+
 def _slow_emma(logits: Tensor, labels: Tensor, distances: Tensor, radius: float) -> Tensor:
     result = torch.zeros_like(logits)
     for b, y in enumerate(labels.tolist()):

@@ -101,4 +101,6 @@ class Objective:
             offset=spec.offset,
             annealing=spec.annealing,
             smoothing=spec.smoothing,
+            power=spec.power,
+            share=linear_ramp(progress, 0.0, 1.0, spec.ramp_share),
         )

@@ -83,3 +83,12 @@ def test_hinge_asks_every_rival_for_the_margin() -> None:
         slow += sum(max(0.0, 0.7 - z[y] + z[k]) for k in range(len(z)) if k != y) / len(z) / len(LOGITS)
     assert objective(LOGITS, LABELS, DISTANCES, 0.5).item() == pytest.approx(slow, rel=1e-12)
     assert slow > 0
+
+
+def test_the_power_takes_over_while_the_radius_grows() -> None:
+    spec = LossSpec(name="cross-entropy", power=2.0, ramp_share=0.5)
+    shares = {0.0: 0.0, 0.25: 0.5, 0.5: 1.0, 1.0: 1.0}
+    for progress, share in shares.items():
+        wanted = losses.cross_entropy(LOGITS, LABELS, power=2.0, share=share)
+        assert Objective(spec)(LOGITS, LABELS, DISTANCES, progress).item() == wanted.item()
+    assert losses.cross_entropy(LOGITS, LABELS, power=2.0, share=0.0) == losses.cross_entropy(LOGITS, LABELS)
