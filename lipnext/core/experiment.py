@@ -198,7 +198,7 @@ class LossSpec(_Section):
     ramp_from: float = Field(default=0.1, ge=0)
     ramp_to: float = Field(default=3.0, ge=0)
     ramp_share: Share = 0.5
-    """Share of the training over which the ramp runs, and `power` takes over."""
+    """Share of the training over which the ramp runs."""
     offset: float = Field(default=0.0, ge=0)
     """Margin that the right logit is asked to have: xi of cross-entropy, the margin of hinge."""
     annealing: float = Field(default=0.0, ge=0)
@@ -206,7 +206,9 @@ class LossSpec(_Section):
     smoothing: Decay = 0.0
     """Label smoothing."""
     power: float = Field(default=0.0, ge=0)
-    """k: the term `(1 - p)^k / k` takes the place of cross-entropy over `ramp_share`; 0 keeps cross-entropy."""
+    """k: the term `(1 - p)^k / k` takes the place of cross-entropy late in training; 0 keeps cross-entropy."""
+    power_after: Share = 0.75
+    """Share of the training after which it does; halfway from there to the end it has."""
     slack: float = Field(default=0.3, gt=0, lt=1)
     """Slack p of the calibrated loss: the share of the logistic mass left outside the margin."""
     penalty: float = Field(default=0.0, ge=0)

@@ -163,7 +163,10 @@ def cifar10_cpu_long() -> Experiment:
             "preset": "cifar10-cpu-long",
             "summary": "CIFAR-10, small radii; twenty minutes on 2 CPU cores",
             "model": dict(PRESETS["cifar10-cpu-long"]),
-            "train": short.train.model_copy(update={"epochs": 28, "evaluate_every": 7}),
+            "augment": AugmentSpec(flip=True),
+            # parts of 128 images stay in the cache
+            "train": short.train.model_copy(update={"epochs": 38, "accumulate": 2, "evaluate_every": 19}),
+            "loss": LossSpec(temperature=0.2, ramp_to=1.75, power=2.0, power_after=0.8),
         }
     )
 

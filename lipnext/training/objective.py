@@ -13,7 +13,7 @@ from lipnext.core.errors import ConfigError, nearest
 from lipnext.core.experiment import LossSpec
 from lipnext.core.network import LipschitzNetwork
 from lipnext.core.system import NetworkLoss
-from lipnext.optim.schedule import linear_ramp
+from lipnext.optim.schedule import linear_ramp, share_of
 
 LOSSES = ("emma", "cross-entropy", "cll", "hinge")
 """Losses of logits, which every system can be trained by."""
@@ -49,6 +49,11 @@ class Objective:
         """Temperature at `progress`, interpolated geometrically where an end is given."""
         start, end = self.spec.temperature, self.spec.temperature_end
         return start if end is None else start * (end / start) ** progress
+
+    def power_share(self, progress: float) -> float:
+        """Share of the loss that `power` makes up at `progress`."""
+        after = self.spec.power_after
+        return share_of(progress, after, (1 + after) / 2) if after < 1 else 0.0
 
     def of(
         self,
@@ -102,5 +107,5 @@ class Objective:
             annealing=spec.annealing,
             smoothing=spec.smoothing,
             power=spec.power,
-            share=linear_ramp(progress, 0.0, 1.0, spec.ramp_share),
+            share=self.power_share(progress),
         )
