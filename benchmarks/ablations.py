@@ -74,6 +74,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "logit annealing": {"loss.name": "cross-entropy", "loss.annealing": 5.0, "loss.offset": 0.25},
     "EMMA and annealing": {"loss.annealing": 3.0},
     "calibrated loss": {"loss.name": "cll"},
+    "the error at the end": {"loss.power": 1.0},
+    "the error squared at the end": {"loss.power": 2.0},
     "label smoothing 0.05": {"loss.smoothing": 0.05},
     "step angle 0.006": {"optim.lr": 0.006},
     "step angle 0.024": {"optim.lr": 0.024},

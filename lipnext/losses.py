@@ -28,10 +28,12 @@ def cross_entropy(
 
     With `p = softmax((z - offset * onehot_y) / T)` the loss of a sample is `-T (1 - p_y)^annealing log p_y`:
     offset cross-entropy (Prach & Lampert 2022) for `annealing = 0`, the logit-annealing loss of BRONet (ICML 2025) otherwise.
-    The factor T keeps the size of gradients. Cross-entropy is the sum of `(1 - p_y)^k / k` over k = 1, 2, ...; with
-    `power = k` the loss is `T` times that one term, which is bounded: a sample that is hopelessly wrong pulls as little as one
-    that is safely right, so that a network of limited capacity spends it on those near the boundary. The full series is what
-    Feng et al. (2020) cut off after its first terms.
+    The factor T keeps the size of gradients.
+
+    Cross-entropy is the sum of `(1 - p_y)^k / k` over k = 1, 2, ...; `power = k` turns it into that one term, by weights that are
+    not differentiated: `w = p_y (1 - p_y)^(k - 1)` times a constant that makes its largest value 1, to the power of `share`.
+    The term is bounded: a sample that is hopelessly wrong pulls as little as one that is safely right, so that a network of
+    limited capacity spends it on those near the boundary. Feng et al. (2020) keep the first terms of the series instead.
 
     Args:
         logits: `(B, K)`.
@@ -41,13 +43,14 @@ def cross_entropy(
         offset: the margin that the right logit is asked to have in advance.
         annealing: exponent that fades out samples which are already right.
         smoothing: label smoothing; needs `annealing = 0`.
-        power: k > 0 of the term that takes the place of cross-entropy; 0 keeps cross-entropy. Needs no annealing, no smoothing.
-        share: of the loss that the term makes up, in [0, 1]; the rest is cross-entropy. From random weights the term alone
-            hardly moves, so training begins without it.
+        power: k >= 1 of the term that takes the place of cross-entropy; 0 keeps cross-entropy. Needs no annealing, no smoothing.
+        share: how far it has, in [0, 1]. From random weights the term alone hardly moves, so training begins without it.
 
     Raises:
-        ConfigError: if two of annealing, smoothing and power are asked for.
+        ConfigError: if two of annealing, smoothing and power are asked for, or a power between 0 and 1.
     """
+    if 0 < power < 1:
+        raise ConfigError(f"loss.power: must be 0 or at least 1, got {power:g}")
     if power and (annealing or smoothing):
         raise ConfigError(
             f"loss: power ({power:g}) cannot be combined with annealing ({annealing:g}) or smoothing ({smoothing:g}); "
@@ -63,7 +66,11 @@ def cross_entropy(
     scaled = logits / temperature
     if power and share:
         log_p = _log_p(scaled, labels)
-        return temperature * (share * _wrong(log_p) ** power / power - (1 - share) * log_p).mean()
+        rest = power - 1
+        largest = rest**rest / power**power  # of p (1 - p)^rest, at p = 1 / power
+        with torch.no_grad():
+            weight = (log_p.exp() * _wrong(log_p) ** rest / largest) ** share
+        return -temperature * (weight * log_p).mean()
     if not annealing:
         return temperature * functional.cross_entropy(scaled, labels, label_smoothing=smoothing)
     log_p = _log_p(scaled, labels)

@@ -112,6 +112,13 @@ class AugmentSpec(_Section):
     randaugment_magnitude: int = Field(default=9, ge=0, le=30)
     cutout: int = Field(default=0, ge=0)
     """Side in pixels of the square that is cut out."""
+    until: Share = 1.0
+    """Share of the epochs after which crops, RandAugment and cutout end; flips go on."""
+
+    def at(self, progress: float) -> "AugmentSpec":
+        """Return what is left of it at `progress`, the share of the epochs that are over."""
+        gone = {"crop": 0, "randaugment": 0.0, "cutout": 0}
+        return self if progress < self.until else self.model_copy(update=gone)
 
 
 class TrainSpec(_Section):

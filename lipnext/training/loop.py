@@ -121,7 +121,7 @@ def train(
     rest = make_euclidean_optimizer(others, experiment.optim)
     ahead = Lookahead(others, experiment.optim.lookahead) if experiment.optim.lookahead else None
     average = RetractedAverage(owners.held, spec.ema) if spec.ema else None
-    objective, augment = Objective(experiment.loss, losses), Augment(experiment.augment)
+    objective = Objective(experiment.loss, losses)
     per_epoch = count_batches(len(training), spec.batch_size)
     total = spec.epochs * per_epoch
 
@@ -165,7 +165,7 @@ def train(
             spec.batch_size,
             seed=experiment.seed,
             epoch=0,
-            augment=augment,
+            augment=Augment(experiment.augment),
             prefetch=prefetch,
             device=device,
         )
@@ -193,7 +193,7 @@ def train(
                 spec.batch_size,
                 seed=experiment.seed,
                 epoch=progress.epoch,
-                augment=augment,
+                augment=Augment(experiment.augment.at(progress.epoch / spec.epochs)),
                 start=progress.batch,
                 prefetch=prefetch,
                 share=world.share,
