@@ -30,8 +30,8 @@ def cross_entropy(
     offset cross-entropy (Prach & Lampert 2022) for `annealing = 0`, the logit-annealing loss of BRONet (ICML 2025) otherwise.
     The factor T keeps the size of gradients.
 
-    Cross-entropy is the sum of `(1 - p_y)^k / k` over k = 1, 2, ...; `power = k` turns it into that one term, by weights that are
-    not differentiated: `w = p_y (1 - p_y)^(k - 1)` times a constant that makes its largest value 1, to the power of `share`.
+    Cross-entropy is the sum of `(1 - p_y)^k / k` over k = 1, 2, ...; `power = k` turns it into that one term, by weights that
+    are not differentiated: `w = p_y (1 - p_y)^(k - 1)` times a constant that makes its largest value 1, to the power of `share`.
     The term is bounded: a sample that is hopelessly wrong pulls as little as one that is safely right, so that a network of
     limited capacity spends it on those near the boundary. Feng et al. (2020) keep the first terms of the series instead.
 
@@ -43,7 +43,7 @@ def cross_entropy(
         offset: the margin that the right logit is asked to have in advance.
         annealing: exponent that fades out samples which are already right.
         smoothing: label smoothing; needs `annealing = 0`.
-        power: k >= 1 of the term that takes the place of cross-entropy; 0 keeps cross-entropy. Needs no annealing, no smoothing.
+        power: k >= 1 of the term that takes the place of cross-entropy; 0 keeps cross-entropy. Not with annealing or smoothing.
         share: how far it has, in [0, 1]. From random weights the term alone hardly moves, so training begins without it.
 
     Raises:

@@ -116,7 +116,7 @@ def test_a_power_has_the_gradient_of_its_term(seed, temperature, offset, power):
 
 
 def test_the_terms_add_up_to_cross_entropy():
-    """`-log p = sum (1 - p)^k / k`: the gradients of 2,000 terms, of which the next is below `0.99^2000` where p is above 0.01."""
+    """`-log p = sum (1 - p)^k / k`: 2,000 gradients, of which the next is below `0.99^2000` where p is above 0.01."""
     logits, labels, _ = _data(scale=1.0)
     leaf = logits.double().clone().requires_grad_()
     assert torch.softmax(leaf / 0.5, 1).gather(1, labels[:, None]).min() > 0.01

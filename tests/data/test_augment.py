@@ -86,6 +86,15 @@ def test_cutout_blackens_one_square(shape: tuple[int, int, int, int], side: int,
     assert torch.equal(after[after > 0], images[after > 0])
 
 
+def test_what_ends_before_the_training_does() -> None:
+    spec = ALL.model_copy(update={"until": 0.75})
+    assert spec.at(0.0) == spec
+    assert spec.at(0.74) == spec
+    assert Augment(spec.at(0.75)).spec == AugmentSpec(flip=True, until=0.75)
+    assert ALL.at(0.999) == ALL
+    assert ALL.model_copy(update={"until": 0.0}).at(0.0) == AugmentSpec(flip=True, until=0.0)
+
+
 def test_nothing_asked_for_changes_nothing() -> None:
     images = random_images(4, 3, 5, 5)
     assert torch.equal(Augment(AugmentSpec())(images, generator(0)), images)

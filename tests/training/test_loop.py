@@ -132,6 +132,24 @@ def test_a_run_without_averaging_and_lookahead_resumes_too(tmp_path: Path) -> No
     assert_same_run(tmp_path / "whole", tmp_path / "parts", what)
 
 
+def test_the_last_epochs_see_images_that_are_only_flipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    what = experiment().override(["augment.flip=true", "augment.crop=1", "augment.until=0.5"])
+    assert what.train.epochs == 3
+    crops: list[int] = []
+
+    class Watched(loop.Augment):
+        def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            assert self.spec.flip
+            crops.append(self.spec.crop)
+            return super().__call__(images, generator)
+
+    monkeypatch.setattr(loop, "Augment", Watched)
+    run(tmp_path, what)
+    assert crops == [1] * PER_EPOCH + [1] * PER_EPOCH + [0] * PER_EPOCH
+
+
 def test_events_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     what = experiment()
     run(tmp_path / "whole", what)
