@@ -31,7 +31,7 @@ def cross_entropy(
     The factor T keeps the size of gradients.
 
     Cross-entropy is the sum of `(1 - p_y)^k / k` over k = 1, 2, ...; `power = k` turns it into that one term, by weights that
-    are not differentiated: `w = p_y (1 - p_y)^(k - 1)` times a constant that makes its largest value 1, to the power of `share`.
+    are not differentiated: `p_y (1 - p_y)^(k - 1)`, times a constant that makes 1 of its largest value, to the power `share`.
     The term is bounded: a sample that is hopelessly wrong pulls as little as one that is safely right, so that a network of
     limited capacity spends it on those near the boundary. Feng et al. (2020) keep the first terms of the series instead.
 

@@ -90,7 +90,9 @@ def test_the_power_takes_over_late() -> None:
     shares = {0.0: 0.0, 0.6: 0.0, 0.7: 0.5, 0.8: 1.0, 1.0: 1.0}
     for progress, share in shares.items():
         wanted = losses.cross_entropy(LOGITS, LABELS, power=2.0, share=share)
-        assert Objective(spec)(LOGITS, LABELS, DISTANCES, progress).item() == pytest.approx(wanted.item(), rel=1e-12)
+        assert Objective(spec)(LOGITS, LABELS, DISTANCES, progress).item() == pytest.approx(
+            wanted.item(), rel=1e-12
+        )
     assert losses.cross_entropy(LOGITS, LABELS, power=2.0, share=0.0) == losses.cross_entropy(LOGITS, LABELS)
     never = LossSpec(name="cross-entropy", power=2.0, power_after=1.0)
     assert Objective(never)(LOGITS, LABELS, DISTANCES, 1.0) == losses.cross_entropy(LOGITS, LABELS)
