@@ -180,7 +180,7 @@ def cifar10_cpu_long() -> Experiment:
             "model": dict(PRESETS["cifar10-cpu-long"]),
             "augment": AugmentSpec(flip=True),
             # parts of 128 images stay in the cache
-            "train": short.train.model_copy(update={"epochs": 34, "accumulate": 2, "evaluate_every": 17}),
+            "train": short.train.model_copy(update={"epochs": 33, "accumulate": 2, "evaluate_every": 11}),
             "loss": LossSpec(temperature=0.2, ramp_to=1.6, power=2.0, power_after=0.6),
         }
     )
