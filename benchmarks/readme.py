@@ -27,7 +27,14 @@ PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 )
-ROWS = ("digits", "fashion-mnist-cpu", "cifar10-cpu", "cifar10-cpu-robust", "cifar10-cpu-long")
+ROWS = (
+    "digits",
+    "fashion-mnist-cpu",
+    "fashion-mnist-cpu-long",
+    "cifar10-cpu",
+    "cifar10-cpu-robust",
+    "cifar10-cpu-long",
+)
 BASELINES = ("digits", "fashion-mnist-cpu", "cifar10-cpu")
 EPS = ("36/255", "72/255", "108/255")
 
