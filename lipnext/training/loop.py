@@ -157,6 +157,9 @@ def train(
         _check_weights(owners, progress, checkpoints)
         checkpoints.save(vars(progress).copy(), parts, owners)
 
+    def augment(epoch: int) -> Augment:
+        return Augment(experiment.augment.at(epoch / spec.epochs))
+
     def finished() -> LipschitzNetwork:
         """What is looked at and kept."""
         chosen = _averaged(cast(LipschitzNetwork, owners.whole_network()), average, owners)
@@ -165,7 +168,7 @@ def train(
             spec.batch_size,
             seed=experiment.seed,
             epoch=0,
-            augment=Augment(experiment.augment),
+            augment=augment(progress.epoch - 1),  # as the last epoch saw them
             prefetch=prefetch,
             device=device,
         )
@@ -193,7 +196,7 @@ def train(
                 spec.batch_size,
                 seed=experiment.seed,
                 epoch=progress.epoch,
-                augment=Augment(experiment.augment.at(progress.epoch / spec.epochs)),
+                augment=augment(progress.epoch),
                 start=progress.batch,
                 prefetch=prefetch,
                 share=world.share,

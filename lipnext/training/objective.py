@@ -51,7 +51,7 @@ class Objective:
         return start if end is None else start * (end / start) ** progress
 
     def power_share(self, progress: float) -> float:
-        """Share of the loss that `power` makes up at `progress`."""
+        """How far `power` has taken over at `progress`, in [0, 1]."""
         after = self.spec.power_after
         return share_of(progress, after, (1 + after) / 2) if after < 1 else 0.0
 

@@ -11,7 +11,7 @@ import torch
 from tiny_runs import experiment, log_lines, network, pictures
 
 from lipnext.core.errors import BundleError, ConfigError, TrainingError
-from lipnext.core.experiment import Experiment
+from lipnext.core.experiment import AugmentSpec, Experiment
 from lipnext.core.network import LipschitzNetwork
 from lipnext.manifold.polar import residual
 from lipnext.training import checkpoint, loop
@@ -132,22 +132,36 @@ def test_a_run_without_averaging_and_lookahead_resumes_too(tmp_path: Path) -> No
     assert_same_run(tmp_path / "whole", tmp_path / "parts", what)
 
 
-def test_the_last_epochs_see_images_that_are_only_flipped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    what = experiment().override(["augment.flip=true", "augment.crop=1", "augment.until=0.5"])
-    assert what.train.epochs == 3
-    crops: list[int] = []
+@pytest.fixture
+def augmented(monkeypatch: pytest.MonkeyPatch) -> list[AugmentSpec]:
+    """What every batch was augmented by, in order."""
+    seen: list[AugmentSpec] = []
 
     class Watched(loop.Augment):
         def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-            assert self.spec.flip
-            crops.append(self.spec.crop)
+            seen.append(self.spec)
             return super().__call__(images, generator)
 
     monkeypatch.setattr(loop, "Augment", Watched)
+    return seen
+
+
+def test_the_last_epochs_see_images_that_are_only_flipped(
+    augmented: list[AugmentSpec], tmp_path: Path
+) -> None:
+    what = experiment().override(["augment.flip=true", "augment.crop=1", "augment.until=0.5"])
+    assert what.train.epochs == 3
     run(tmp_path, what)
-    assert crops == [1] * PER_EPOCH + [1] * PER_EPOCH + [0] * PER_EPOCH
+    assert all(spec.flip for spec in augmented)
+    assert [spec.crop for spec in augmented] == [1] * PER_EPOCH + [1] * PER_EPOCH + [0] * PER_EPOCH
+
+
+def test_a_network_is_finalised_on_images_as_the_last_epoch_saw_them(
+    augmented: list[AugmentSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(LipschitzNetwork, "finalise", lambda network, images: list(images))
+    run(tmp_path, experiment("augment.until=0.5", "train.evaluate_every=3"))
+    assert [spec.crop for spec in augmented] == [1] * 2 * PER_EPOCH + [0] * PER_EPOCH + [0] * PER_EPOCH
 
 
 def test_events_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
