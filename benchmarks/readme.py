@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,13 @@ def load(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
 
 
-def optimizers_table(file: str) -> str:
+def optimizers_table(name: str) -> str:
     """Adam against Muon: the rate chosen on validation, then test figures of each seed."""
     lines = [
         "| data | optimiser | epochs | rate | seed | clean | CRA 36/255 | CRA 108/255 | ACR |",
         "|" + "---|" * 9,
     ]
-    for document in load(file):
+    for document in load(name):
         for data in ("fashion-mnist", "cifar10"):
             for r in document[data]["final"]:
                 figures = (r["clean"], r["cra"]["36/255"], r["cra"]["108/255"], r["acr"])
@@ -587,8 +586,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations_fashion": lambda: ablations_table("fashion-mnist"),
     "ablations_cifar10": lambda: ablations_table("cifar10"),
     "results": results_table,
-    "optimizers": partial(optimizers_table, "optimizers.json"),
-    "optimizers_unequal": partial(optimizers_table, "optimizers-unequal.json"),
+    "optimizers": lambda: optimizers_table("optimizers.json"),
+    "optimizers_unequal": lambda: optimizers_table("optimizers-unequal.json"),
     "tuning": tuning_table,
     "temperature": temperature_table,
     "speed": speed_table,

@@ -144,18 +144,12 @@ def fashion_mnist_cpu_robust() -> Experiment:
 
 def fashion_mnist_cpu_long() -> Experiment:
     """Fashion-MNIST, small radii; twenty minutes on two CPU cores. Not measured yet."""
-    short = fashion_mnist_cpu()
-    return short.model_copy(
-        update={
-            "preset": "fashion-mnist-cpu-long",
-            "summary": "Fashion-MNIST, small radii; twenty minutes on 2 CPU cores",
-            "model": dict(PRESETS["fashion-mnist-cpu-long"]),
-            # the settings were chosen with a tenth of the images kept for validation
-            "data": short.data.model_copy(update={"validation": 0.02}),
-            "augment": AugmentSpec(),
-            "train": short.train.model_copy(update={"epochs": 80, "evaluate_every": 20}),
-            "loss": LossSpec(temperature=0.15, ramp_to=3.0, power=2.0, power_after=0.5),
-        }
+    return _long(
+        fashion_mnist_cpu(),
+        summary="Fashion-MNIST, small radii; twenty minutes on 2 CPU cores",
+        augment=AugmentSpec(),
+        train={"epochs": 80, "evaluate_every": 20},
+        loss=LossSpec(temperature=0.15, ramp_to=3.0, power=2.0, power_after=0.5),
     )
 
 
@@ -174,18 +168,30 @@ def cifar10_cpu() -> Experiment:
 
 def cifar10_cpu_long() -> Experiment:
     """CIFAR-10, wider and longer: twenty minutes on two CPU cores: benchmarks/results/cifar10-cpu-long-seed0.json."""
-    short = cifar10_cpu()
+    return _long(
+        cifar10_cpu(),
+        summary="CIFAR-10, small radii; twenty minutes on 2 CPU cores",
+        augment=AugmentSpec(flip=True),
+        # parts of 128 images stay in the cache
+        train={"epochs": 31, "accumulate": 2, "evaluate_every": 31},
+        loss=LossSpec(temperature=0.2, ramp_to=1.75, power=2.0, power_after=0.85),
+    )
+
+
+def _long(
+    short: Experiment, *, summary: str, augment: AugmentSpec, train: dict[str, int], loss: LossSpec
+) -> Experiment:
+    """The longer run of a laptop experiment, on nearly all training images: the search for settings kept back a tenth."""
+    name = f"{short.preset}-long"
     return short.model_copy(
         update={
-            "preset": "cifar10-cpu-long",
-            "summary": "CIFAR-10, small radii; twenty minutes on 2 CPU cores",
-            "model": dict(PRESETS["cifar10-cpu-long"]),
-            # the settings were chosen with a tenth of the images kept for validation
+            "preset": name,
+            "summary": summary,
+            "model": dict(PRESETS[name]),
             "data": short.data.model_copy(update={"validation": 0.02}),
-            "augment": AugmentSpec(flip=True),
-            # parts of 128 images stay in the cache
-            "train": short.train.model_copy(update={"epochs": 31, "accumulate": 2, "evaluate_every": 31}),
-            "loss": LossSpec(temperature=0.2, ramp_to=1.75, power=2.0, power_after=0.85),
+            "augment": augment,
+            "train": short.train.model_copy(update=train),
+            "loss": loss,
         }
     )
 
